@@ -1,0 +1,54 @@
+# make demo | make test are the two commands to know; each makes the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Extra flags for pip, such as where to find a CPU build of torch.
+PIP_FLAGS ?=
+# One thread a worker: two workers of two threads each are slower than two of one on two cores.
+TEST_FLAGS ?= -n 2
+DEMO_FLAGS ?=
+
+STAMP := $(VENV)/.mtl_fast-env
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env demo test results lint types bench clean
+
+help:
+	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
+	@echo "make test      all tests"
+	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
+	@echo "make lint | types | bench | env | clean"
+	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS= TEST_FLAGS=$(TEST_FLAGS) DEMO_FLAGS="
+
+env: $(STAMP)
+
+# The stamp is written last: an interrupted run starts over, a finished one is not repeated.
+$(STAMP): requirements/test.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mtl_fast needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/test.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: env
+	$(BIN)/mtl-fast demo --output runs/demo $(DEMO_FLAGS)
+
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+
+results: env
+	$(BIN)/mtl-fast demo --full --seeds 0 1 2 --output runs/results
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy
+
+bench: env
+	@set -e; for file in bench/ops/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find mtl_fast kernels bench tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

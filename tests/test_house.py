@@ -1,0 +1,239 @@
+"""The house stands: floors, mirrors, sizes, an import that starts nothing, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mtl_fast.ops.backend import OPERATIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mtl_fast"
+# A prefix's floor; 0 is what every floor above the kernels may use.
+FLOORS = {
+    "mtl_fast": 0,
+    "mtl_fast.errors": 0,
+    "mtl_fast.random_streams": 0,
+    "mtl_fast.kernels": 1,
+    "mtl_fast.ops": 2,
+    "mtl_fast.nn": 3,
+    "mtl_fast.data": 3,
+    "mtl_fast.episodes": 3,
+    "mtl_fast.config": 4,
+    "mtl_fast.engine": 4,
+    "mtl_fast.training": 5,
+    "mtl_fast.cli": 5,
+    "mtl_fast.__main__": 5,
+}
+LONGEST_FILE = 400
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted(PACKAGE.glob("**/*.py")) + sorted((ROOT / "kernels").glob("**/*.py")):
+        base = PACKAGE.parent if path.is_relative_to(PACKAGE) else ROOT
+        parts = path.relative_to(base).with_suffix("").parts
+        parts = parts if parts[0] == "mtl_fast" else ("mtl_fast", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def floor(module: str) -> int:
+    """The floor of the longest known prefix of a dotted name."""
+    parts = module.split(".")
+    if len(parts) > 1 and ".".join(parts[:2]) not in FLOORS:
+        raise LookupError(f"{module} has no floor; name it in FLOORS")
+    return FLOORS[".".join(parts[:2])]
+
+
+def imports(name: str, text: str, is_package: bool, known: set[str]) -> set[str]:
+    """The modules of this package that the source of module `name` imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = name.split(".")[: len(name.split(".")) - node.level + is_package]
+                base = ".".join([*parents, base]).rstrip(".")
+            for alias in node.names:
+                deeper = f"{base}.{alias.name}"
+                found.add(deeper if deeper in known else base)
+    return {module for module in found if module.split(".")[0] in ("mtl_fast", "kernels")}
+
+
+def upward(name: str, text: str, is_package: bool, known: set[str]) -> list[str]:
+    """What is wrong with the imports of one module, a line each."""
+    wrong = []
+    for target in sorted(imports(name, text, is_package, known)):
+        if target.split(".")[0] == "kernels":
+            wrong.append(f"{name} imports {target}: say mtl_fast.{target}")
+        elif floor(name) == 1 and floor(target) != 1:
+            wrong.append(f"{name} imports {target}: kernels know nothing of the package")
+        # The top package re-exports names for users; inside, nothing but it leans on them.
+        elif name != "mtl_fast" and floor(target) > floor(name):
+            wrong.append(f"{name} (floor {floor(name)}) imports {target} (floor {floor(target)})")
+    return wrong
+
+
+def test_floors_hold() -> None:
+    modules = sources()
+    known = set(modules)
+    wrong = [
+        line
+        for name, path in modules.items()
+        for line in upward(name, path.read_text("utf-8"), path.name == "__init__.py", known)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mtl_fast.kernels.reference.x", "from mtl_fast.errors import InputError"),
+        ("mtl_fast.ops.x", "def f():\n    from mtl_fast.nn import y"),
+        ("mtl_fast.engine.x", "from ..training import y"),
+        ("mtl_fast.data.x", "import mtl_fast.engine.step"),
+        ("mtl_fast.ops.x", "from kernels.reference import ss_conv"),
+        ("mtl_fast.ops.x", "from .. import engine"),
+    ],
+    ids=["kernels-up", "inside-function", "relative", "plain", "top-level-kernels", "parent"],
+)
+def test_the_check_of_floors_sees(name: str, text: str) -> None:
+    assert upward(name, text, False, {"mtl_fast.engine", "mtl_fast.training"})
+
+
+def test_every_operation_has_its_files() -> None:
+    missing = [
+        path
+        for op in OPERATIONS
+        for path in (
+            f"mtl_fast/ops/{op}.py",
+            f"kernels/reference/{op}.py",
+            f"tests/ops/test_{op}.py",
+            f"bench/ops/bench_{op}.py",
+        )
+        if not (ROOT / path).is_file()
+    ]
+    assert not missing, f"missing: {', '.join(missing)}"
+
+
+def test_every_file_in_ops_is_tested() -> None:
+    names = [path.stem for path in (PACKAGE / "ops").glob("*.py") if not path.stem.startswith("_")]
+    missing = [name for name in names if not (ROOT / "tests" / "ops" / f"test_{name}.py").is_file()]
+    assert not missing, f"no tests/ops/test_<name>.py for: {', '.join(missing)}"
+
+
+def test_every_kernel_file_has_its_operation() -> None:
+    kernels = [path for path in (ROOT / "kernels").glob("*/*") if path.suffix in (".py", ".cpp", ".cu")]
+    assert kernels
+    strangers = [
+        path.name for path in kernels if not path.stem.startswith("_") and path.stem not in OPERATIONS
+    ]
+    assert not strangers, f"kernel files without an operation: {', '.join(strangers)}"
+
+
+def test_files_are_short() -> None:
+    folders = ("mtl_fast", "kernels", "bench", "tests", "tools")
+    files = [path for folder in folders for path in (ROOT / folder).glob("**/*.py")]
+    long = {
+        str(path.relative_to(ROOT)): n
+        for path in files
+        if (n := len(path.read_text("utf-8").splitlines())) >= LONGEST_FILE
+    }
+    assert not long, f"{LONGEST_FILE} lines or more: {long}"
+
+
+def test_the_link_stands_and_imports() -> None:
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    import mtl_fast.kernels.reference as reference
+
+    assert Path(str(reference.__file__)).resolve().is_relative_to(ROOT / "kernels")
+
+
+LEAN = """
+import os, sys
+import torch  # whatever torch itself starts is not ours
+before = set(sys.modules)
+environment = dict(os.environ)
+events = []
+def hook(event, arguments):
+    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"):
+        events.append((event, arguments))
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        events.append((event, arguments))
+sys.addaudithook(hook)
+threads = torch.get_num_threads()
+state = torch.get_rng_state()
+import mtl_fast, mtl_fast.ops, mtl_fast.kernels.reference
+new = set(sys.modules) - before
+heavy = ("triton", "matplotlib", "tensorboard", "PIL", "tqdm", "tyro", "setuptools")
+heavy = {name for name in new if name.split(".")[0] in heavy}
+heavy |= {name for name in new if name.startswith(("torch.utils.cpp_extension", "torch.utils.tensorboard"))}
+assert not heavy, sorted(heavy)
+assert not events, events
+assert dict(os.environ) == environment
+assert not torch.cuda.is_initialized()
+assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+print("lean")
+"""
+
+
+def test_importing_starts_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-B", "-W", "error", "-c", LEAN],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (0, "lean\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("wheel")
+    source = tmp_path / "source"
+    # A copy: building writes build/ and egg-info beside setup.py.
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("mtl_fast", "kernels", "bench", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=100)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mtl_fast"}
+    expected = {name.replace(".", "/") for name in sources()}
+    packed = {name.removesuffix(".py").removesuffix("/__init__") for name in names if name.endswith(".py")}
+    assert packed == expected
+    assert "mtl_fast/py.typed" in names
+    data = {
+        str(path.relative_to(ROOT))
+        for path in (PACKAGE / "data" / "glyphs").glob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert data <= names, f"not in the wheel: {data - names}"
+    # What was unpacked imports by itself, kernels as real files.
+    code = "import mtl_fast.kernels.reference as r; print(r.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == str(tmp_path / "site/mtl_fast/kernels/reference/__init__.py"), done.stderr
