@@ -1,0 +1,41 @@
+"""One residual block: three scale-and-shift convolutions, a shortcut, pooling; in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..contracts import BlockOutput, ConvOperands, Epilogue
+from .episode_norm import episode_norm
+from .ss_conv import ss_conv
+
+
+def ss_block(
+    x: Tensor,
+    convs: Sequence[ConvOperands],
+    shortcut: ConvOperands | None,
+    *,
+    epilogue: Epilogue,
+    n_groups: int,
+    mask: Tensor | None,
+    fold: bool,
+) -> BlockOutput:
+    """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`."""
+    statistics = []
+
+    def layer(z: Tensor, conv: ConvOperands, after: Epilogue, residual: Tensor | None = None) -> Tensor:
+        if conv.norm is None or n_groups == 0:
+            return ss_conv(z, conv, epilogue=after, residual=residual, fold=fold)
+        z = ss_conv(z, conv.without_norm(), epilogue=Epilogue(), residual=None, fold=False)
+        out = episode_norm(z, conv.norm, n_groups=n_groups, mask=mask, epilogue=after, residual=residual)
+        statistics.append((out.mean, out.var, out.count))
+        return out.output
+
+    inner = replace(epilogue, pool=False)
+    residual = x if shortcut is None else layer(x, shortcut, Epilogue())
+    for conv in convs[:-1]:
+        x = layer(x, conv, inner)
+    x = layer(x, convs[-1], epilogue, residual)
+    return BlockOutput(x, tuple(statistics))

@@ -1,0 +1,147 @@
+"""One meta-training step: a batch of episodes → query losses, class accuracies, gradients of Φ and θ."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.store import ImageStore
+from ..episodes import Episodes
+from ..nn.encoder import Encoder, Statistics
+from ..nn.linear_head import LinearHead
+from ..nn.scale_shift import interleave
+from ..ops.base_learner import base_learner
+from ..ops.images import images
+
+NormMode = Literal["frozen", "episode", "running"]
+Order = Literal["first", "second"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How rows of a store become network input: (image − mean)/std, channels-last.
+
+    Attributes:
+        mean, std: per channel, of 255.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, store: ImageStore, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows [B] of the store → [B, 3, H, W]."""
+        device = store.images.device
+        mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
+        return images(store.images, rows, mean=mean, std=std, dtype=dtype)
+
+
+class StepOutput(NamedTuple):
+    """Mean query loss [T] and query accuracy of each class [T, n_way], after the inner loop, before any update."""
+
+    loss: Tensor
+    class_accuracy: Tensor
+
+
+def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
+    """Query accuracy of each class, [T, n_way]; queries are class-major, as `Episodes` holds them."""
+    correct = (logits.argmax(dim=-1) == labels).to(torch.float32)
+    return correct.view(len(labels), n_way, -1).mean(dim=-1)
+
+
+@dataclass
+class EpisodicEngine:
+    """Runs episodes through encoder and base-learner and accumulates the meta-gradients.
+
+    The gradient is that of the mean query loss over the step's tasks and reaches whatever parameters of encoder
+    and head require one: Φ (scaling and shifting), or the weights themselves (fine-tuning), and θ. The result
+    does not depend on `images_per_chunk` but for rounding.
+
+    Attributes:
+        encoder, head: Θ with Φ, and θ.
+        store, preprocess: where the images come from.
+        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages, query before support.
+        order: ``first`` treats θ' as θ minus constants; ``second`` differentiates through all inner steps.
+        inner_lr, inner_steps: β and T of the inner loop.
+        images_per_chunk: bounds how many images are in flight; a chunk is as many whole tasks as fit, at least one.
+        backend: of the base-learner.
+    """
+
+    encoder: Encoder
+    head: LinearHead
+    store: ImageStore
+    preprocess: Preprocess
+    norm: NormMode = "frozen"
+    order: Order = "second"
+    inner_lr: float = 0.05
+    inner_steps: int = 20
+    images_per_chunk: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("frozen", "episode", "running"):
+            raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
+        if self.order not in ("first", "second"):
+            raise ValueError(f"order: {self.order!r} is neither first nor second")
+
+    def step(self, episodes: Episodes) -> StepOutput:
+        """Adds the gradients of the mean query loss to the parameters' `.grad`; no value leaves the device."""
+        per_task = episodes.support.shape[1] + episodes.query.shape[1]
+        n_tasks = episodes.n_tasks
+        chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
+        outputs = []
+        for part in episodes.chunks(chunk):
+            logits = self.query_logits(part)
+            loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
+            task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
+            (task_loss.sum() / n_tasks).backward()
+            outputs.append((task_loss.detach(), class_accuracy(logits.detach(), part.query_labels, part.n_way)))
+        losses, accuracies = zip(*outputs, strict=True)
+        return StepOutput(torch.cat(losses), torch.cat(accuracies))
+
+    def query_logits(self, episodes: Episodes) -> Tensor:
+        """Logits [T, n_query, n_way] of the query images after the inner loop, with the graph of `order`."""
+        support, query = self._embed(episodes)
+        return base_learner(
+            support.unflatten(0, (episodes.n_tasks, -1)),
+            episodes.support_labels,
+            query.unflatten(0, (episodes.n_tasks, -1)),
+            self.head.weight,
+            self.head.bias,
+            inner_lr=self.inner_lr,
+            n_steps=self.inner_steps,
+            order=self.order,
+            backend=self.backend,
+        )
+
+    def _embed(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Features of all support and all query images, [T·n, D] each."""
+        encoder, n_groups = self.encoder, 0 if self.norm == "frozen" else episodes.n_tasks
+        rows = [episodes.support.flatten(), episodes.query.flatten()]
+        with torch.no_grad():
+            weights = encoder.refresh(fold=n_groups == 0)
+        dtype = self.head.weight.dtype
+        # First order needs no derivative of the support features, hence no graph for them.
+        without_graph = torch.no_grad() if self.order == "first" else contextlib.nullcontext()
+        if n_groups == 0 and self.order == "second":
+            both = self.preprocess(self.store, torch.cat(rows), dtype)
+            support, query = encoder.embed(both, weights=weights).features.split([len(r) for r in rows])
+            return support, query
+        query, query_statistics = encoder.embed(
+            self.preprocess(self.store, rows[1], dtype), n_groups=n_groups, weights=weights
+        )
+        with without_graph:
+            support, support_statistics = encoder.embed(
+                self.preprocess(self.store, rows[0], dtype), n_groups=n_groups, weights=weights
+            )
+        if self.norm == "running":
+            self._move_running(query_statistics, support_statistics)
+        return support, query
+
+    def _move_running(self, query: Statistics, support: Statistics) -> None:
+        """Running averages in task order, each task's query split before its support split."""
+        self.encoder.update_running(interleave(query, support))

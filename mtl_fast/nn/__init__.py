@@ -1,0 +1,9 @@
+"""Modules made of the operations."""
+
+from .conv4 import Conv4
+from .encoder import Embeddings, Encoder
+from .linear_head import LinearHead
+from .resnet12 import ResNet12
+from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
+
+__all__ = ["ChannelNorm2d", "Conv4", "Embeddings", "Encoder", "LinearHead", "ResNet12", "ScaleShiftConv2d"]

@@ -1,0 +1,60 @@
+"""Conv-4, the four-layer encoder of MAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..kernels.contracts import EffectiveWeights, Epilogue
+from ..ops.episode_norm import episode_norm
+from ..ops.ss_conv import ss_conv
+from .encoder import Embeddings, Encoder, Statistics
+from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
+
+
+class Conv4(Encoder):
+    """Four times 3×3 convolution → norm → ReLU → 2×2 max-pool, then all values as features.
+
+    Args:
+        width: channels of every layer (MAML on miniImageNet: 32).
+        image_size: height and width of the images; features are width · (image_size // 16)².
+        eps: of the norms.
+    """
+
+    def __init__(self, width: int = 32, *, image_size: int = 84, eps: float = 1e-5) -> None:
+        super().__init__()
+        if image_size < 16:
+            raise ValueError(f"image_size: Conv-4 halves its map four times and needs at least 16 pixels, got {image_size}")
+        self.epilogue = Epilogue("after_residual", slope=0.0, pool=True)
+        self.feature_dim = width * (image_size // 16) ** 2
+        self.layers = nn.ModuleList(
+            ScaleShiftConv2d(n_in, width, 3, padding=1, norm=ChannelNorm2d(width, eps=eps))
+            for n_in in (3, width, width, width)
+        )
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def embed(
+        self,
+        images: Tensor,
+        *,
+        n_groups: int = 0,
+        mask: Tensor | None = None,
+        weights: Sequence[EffectiveWeights] | None = None,
+    ) -> Embeddings:
+        x, statistics = images, Statistics()
+        for i, conv in enumerate(self.convs()):
+            operands = conv.operands(weights[i] if weights is not None else None)
+            if n_groups == 0:
+                x = ss_conv(x, operands, epilogue=self.epilogue, fold=self.fold, backend=self.backend)
+                continue
+            z = ss_conv(x, operands.without_norm(), backend=self.backend)
+            assert operands.norm is not None
+            out = episode_norm(
+                z, operands.norm, n_groups=n_groups, mask=mask, epilogue=self.epilogue, backend=self.backend
+            )
+            statistics.append((out.mean, out.var, out.count))
+            x = out.output
+        return Embeddings(x.flatten(1), statistics)

@@ -1,0 +1,119 @@
+"""What every encoder can do: freeze, scale and shift, refresh, embed with stored or batch statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.contracts import EffectiveWeights, Granularity
+from ..ops.effective_weights import effective_weights
+from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
+
+Statistics = list[tuple[Tensor, Tensor, Tensor]]
+
+
+class Embeddings(NamedTuple):
+    """[N, D] features, and per norm layer the batch statistics (mean, var, count); empty with stored ones."""
+
+    features: Tensor
+    statistics: Statistics
+
+
+class Encoder(nn.Module):
+    """Base of the encoders: images [N, 3, H, W] → features [N, feature_dim].
+
+    In training mode (pre-training) a plain call is an ordinary network: batch statistics over the whole batch,
+    running averages moved, dropout active. In evaluation mode it uses the stored statistics.
+    The meta-training engine calls `embed`, which says explicitly which statistics are used.
+    """
+
+    feature_dim: int
+    dropout: float = 0.0
+    backend: str = "auto"
+    fold: bool = True
+    dropout_generator: torch.Generator | None = None
+
+    def embed(
+        self,
+        images: Tensor,
+        *,
+        n_groups: int = 0,
+        mask: Tensor | None = None,
+        weights: Sequence[EffectiveWeights] | None = None,
+    ) -> Embeddings:
+        """Features of the images.
+
+        Args:
+            images: [N, 3, H, W] floating.
+            n_groups: 0: stored statistics; g ≥ 1: batch statistics of g groups of neighbouring images.
+            mask: bool [N], images that count in batch statistics.
+            weights: this meta-step's `refresh()`.
+        """
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's blocks, first to last; "Θ4" in the ablations is the last one."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] → [N, feature_dim]; see the class for what training mode changes."""
+        if not self.training:
+            return self.embed(images).features
+        features, statistics = self.embed(images, n_groups=1)
+        self.update_running(statistics)
+        return features
+
+    def convs(self, within: nn.Module | None = None) -> list[ScaleShiftConv2d]:
+        """The scale-and-shift convolutions in order, of the whole encoder or within one of its modules."""
+        return [m for m in (within or self).modules() if isinstance(m, ScaleShiftConv2d)]
+
+    def norms(self) -> list[ChannelNorm2d]:
+        """The norm layers, in the order of `Embeddings.statistics`."""
+        return [conv.norm for conv in self.convs() if conv.norm is not None]
+
+    def takes_scale_shift(self, conv: ScaleShiftConv2d) -> bool:
+        """Whether this convolution gets Φ; an encoder may leave its shortcuts out."""
+        return True
+
+    def freeze(self) -> None:
+        """No gradient for any parameter."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def enable_scale_shift(self, granularity: Granularity = "kernel", *, last_block_only: bool = False) -> None:
+        """Freezes Θ and starts Φ as the identity, on every convolution or on the last block's only."""
+        self.freeze()
+        for conv in self.convs(self.blocks()[-1] if last_block_only else None):
+            if self.takes_scale_shift(conv):
+                conv.enable_scale_shift(granularity)
+
+    def scale_shift_parameters(self) -> Iterator[nn.Parameter]:
+        """Φ_S1 and Φ_S2 of every convolution that has them."""
+        for conv in self.convs():
+            if conv.scale is not None and conv.shift is not None:
+                yield conv.scale
+                yield conv.shift
+
+    def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights, ...]:
+        """`effective_weights` of all layers, for every forward of one meta-step.
+
+        Args:
+            fold: for stored statistics; False for batch statistics (and where `self.fold` is off).
+        """
+        operands = [conv.operands() for conv in self.convs()]
+        return effective_weights(operands, fold=fold and self.fold, backend=self.backend)
+
+    def update_running(self, statistics: Statistics) -> None:
+        """Moves the running averages of all norms, group after group."""
+        for norm, (mean, var, count) in zip(self.norms(), statistics, strict=True):
+            norm.update(mean, var, count)
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        """Inverted dropout in training mode, drawn from `dropout_generator` so that a resumed run repeats it."""
+        if not self.training or not self.dropout:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=self.dropout_generator)
+        return x * keep.mul_(1 / (1 - self.dropout))

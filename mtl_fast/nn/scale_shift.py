@@ -1,0 +1,160 @@
+"""Convolution and normalisation modules whose weights can be frozen under a learned scale and shift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.contracts import ChannelNorm, ConvOperands, EffectiveWeights, FrozenFilters, Granularity
+from ..ops.ss_conv import ss_conv
+
+
+class ChannelNorm2d(nn.Module):
+    """γ, β and running statistics of a normalisation over channels; the arithmetic is in the operations.
+
+    Args:
+        n_channels: C.
+        affine: ``"both"`` (γ and β), ``"bias"`` (β only, MTL's TensorFlow form) or ``"none"``.
+        eps: added to the variance.
+        momentum: weight of a new statistic in the running average, as in `torch.nn.BatchNorm2d`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, n_channels: int, *, affine: str = "both", eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        if affine not in ("both", "bias", "none"):
+            raise ValueError(f"affine: {affine!r} is not one of both, bias, none")
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(n_channels)) if affine == "both" else None
+        self.bias = nn.Parameter(torch.zeros(n_channels)) if affine != "none" else None
+        self.register_buffer("running_mean", torch.zeros(n_channels))
+        self.register_buffer("running_var", torch.ones(n_channels))
+
+    @property
+    def operands(self) -> ChannelNorm:
+        """The tensors as the operations take them."""
+        return ChannelNorm(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Moves the running averages by the groups' statistics, one group after the other.
+
+        r ← (1 − m)·r + m·statistic for each group in order, in closed form; the variance is made unbiased first.
+
+        Args:
+            mean: [G, C]; var: [G, C], biased; count: [G], values a channel.
+        """
+        unbiased = var * (count / (count - 1).clamp(min=1))[:, None]
+        age = torch.arange(len(mean) - 1, -1, -1, device=mean.device, dtype=mean.dtype)
+        share = self.momentum * (1 - self.momentum) ** age
+        kept = (1 - self.momentum) ** len(mean)
+        self.running_mean.mul_(kept).add_(share @ mean)
+        self.running_var.mul_(kept).add_(share @ unbiased)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.running_mean)}, eps={self.eps}, momentum={self.momentum}"
+
+
+class ScaleShiftConv2d(nn.Module):
+    """A convolution, its norm, and (once `enable_scale_shift` was called) Φ_S1 and Φ_S2 on its frozen weight.
+
+    Before that it is an ordinary trainable convolution. Φ starts as the identity, so the outputs stay the same.
+
+    Args:
+        n_in, n_out, kernel_size, stride, padding, dilation, groups, bias: as in `torch.nn.Conv2d`.
+        norm: what follows the convolution, or None.
+    """
+
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: ChannelNorm2d | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.weight = nn.Parameter(torch.empty(n_out, n_in // groups, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+        self.norm = norm
+        self.register_parameter("scale", None)
+        self.register_parameter("shift", None)
+        self._filters: FrozenFilters | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Kaiming-normal weight over the fan-out, as ResNets start; bias 0."""
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def enable_scale_shift(self, granularity: Granularity = "kernel") -> None:
+        """Freezes weight and bias and starts Φ_S1 at 1, Φ_S2 at 0, as new parameters."""
+        if granularity not in ("kernel", "filter"):
+            raise ValueError(f"granularity: {granularity!r} is neither kernel nor filter")
+        self.freeze()
+        n_out, n_in = self.weight.shape[:2]
+        shape = (n_out, n_in if granularity == "kernel" else 1, 1, 1)
+        self.scale = nn.Parameter(self.weight.new_ones(shape))
+        self.shift = nn.Parameter(self.weight.new_zeros(n_out))
+
+    def freeze(self) -> None:
+        """No gradient for weight, bias and the norm's affine."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    @property
+    def filters(self) -> FrozenFilters:
+        """The weight as the operations take it; built once, and anew after a load or a move."""
+        if self._filters is None:
+            self._filters = FrozenFilters(
+                self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        return self._filters
+
+    def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:
+        """All tensors of this layer, for `ss_conv`, `ss_block` and `effective_weights`."""
+        norm = None if self.norm is None else self.norm.operands
+        return ConvOperands(self.filters, self.scale, self.shift, norm, effective)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] → [N, O, H', W'], normalised by the stored statistics if there is a norm."""
+        return ss_conv(x, self.operands())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ScaleShiftConv2d:
+        self._filters = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._filters = None
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def extra_repr(self) -> str:
+        n_out, n_in, k, _ = self.weight.shape
+        form = "trainable" if self.scale is None else f"scale {tuple(self.scale.shape[:2])}"
+        return f"{n_in * self.groups}, {n_out}, {k}×{k}, stride={self.stride}, padding={self.padding}, {form}"
+
+
+def interleave(
+    first: list[tuple[Tensor, Tensor, Tensor]], second: list[tuple[Tensor, Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per layer, the statistics of two splits in task order: first split of task 0, second of task 0, first of 1, …"""
+    return [
+        tuple(torch.stack((a, b), dim=1).flatten(0, 1) for a, b in zip(one, two, strict=True))  # type: ignore[misc]
+        for one, two in zip(first, second, strict=True)
+    ]
+
+

@@ -1,0 +1,62 @@
+"""Checks at the door of the operations: each error names the argument and the shapes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..kernels.contracts import ConvOperands, granularity
+
+
+def images_4d(name: str, x: Tensor) -> None:
+    """`x` is a floating [N, C, H, W]."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating images [N, C, H, W], got {x.dtype} {tuple(x.shape)}")
+
+
+def operands(name: str, conv: ConvOperands) -> None:
+    """Weight, bias, scale, shift and norm of one convolution fit each other."""
+    weight = conv.filters.weight
+    if weight.dim() != 4:
+        raise ValueError(f"{name}.filters.weight: expected [O, I/groups, k, k], got {tuple(weight.shape)}")
+    n_out = weight.shape[0]
+    if conv.scale is not None:
+        granularity(conv.scale, weight)
+    vectors = {"filters.bias": conv.filters.bias, "shift": conv.shift}
+    if conv.norm is not None:
+        vectors |= {f"norm.{key}": getattr(conv.norm, key) for key in ("mean", "var", "weight", "bias")}
+    if conv.effective is not None:
+        vectors |= {"effective.shift": conv.effective.shift}
+        if conv.effective.weight.shape != weight.shape:
+            raise ValueError(
+                f"{name}.effective.weight: shape {tuple(conv.effective.weight.shape)} is not the frozen weight's "
+                f"{tuple(weight.shape)}"
+            )
+    for key, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (n_out,):
+            raise ValueError(
+                f"{name}.{key}: shape {tuple(vector.shape)} does not fit weight {tuple(weight.shape)}; expected ({n_out},)"
+            )
+
+
+def channels(name: str, x: Tensor, conv: ConvOperands) -> None:
+    """The images have the convolution's input channels."""
+    expected = conv.filters.weight.shape[1] * conv.filters.groups
+    if x.shape[1] != expected:
+        raise ValueError(
+            f"{name}: images {tuple(x.shape)} have {x.shape[1]} channels, weight {tuple(conv.filters.weight.shape)} "
+            f"with groups={conv.filters.groups} takes {expected}"
+        )
+
+
+def stored_norm(name: str, conv: ConvOperands) -> None:
+    """A norm used with stored statistics has them."""
+    if conv.norm is not None and (conv.norm.mean is None or conv.norm.var is None):
+        raise ValueError(f"{name}.norm: stored statistics are asked for, but mean or var is None")
+
+
+def groups(n_images: int, n_groups: int, mask: Tensor | None) -> None:
+    """Images divide into groups of one size; a mask has one entry an image."""
+    if n_groups < 1 or n_images % n_groups:
+        raise ValueError(f"n_groups: {n_images} images do not divide into {n_groups} groups of one size")
+    if mask is not None and tuple(mask.shape) != (n_images,):
+        raise ValueError(f"mask: shape {tuple(mask.shape)}, expected one entry an image, ({n_images},)")

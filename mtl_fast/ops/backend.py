@@ -1,0 +1,88 @@
+"""Which backend runs an operation, and the reason in words.
+
+A backend registers an operation with a predicate ``facts -> (can, why)``. `auto` asks the registered
+backends in order of speed; a backend asked for by name that cannot run raises with its reason. The
+keyword ``backend=`` wins over the environment variable ``MTL_FAST_BACKEND``, which wins over ``auto``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+OPERATIONS = ("ss_conv", "ss_block", "effective_weights", "base_learner", "episode_norm", "images")
+ENVIRONMENT_VARIABLE = "MTL_FAST_BACKEND"
+
+Predicate = Callable[..., tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs and why, as `why` prints it."""
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason}"
+
+
+def _always(**_: Any) -> tuple[bool, str]:
+    return True, "plain PyTorch runs everywhere"
+
+
+# Fastest first; `torch` is the definition of every operation and always last.
+_REGISTRY: dict[str, dict[str, Predicate]] = {op: {"torch": _always} for op in OPERATIONS}
+
+
+def register(op: str, backend: str, predicate: Predicate) -> None:
+    """Adds `backend` for `op`, ahead of the slower ones registered before it."""
+    if op not in _REGISTRY:
+        raise ValueError(f"unknown operation {op!r}; operations: {', '.join(OPERATIONS)}")
+    _REGISTRY[op] = {backend: predicate, **_REGISTRY[op]}
+
+
+def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
+    """The backend that will run `op`.
+
+    Args:
+        op: name of an operation, one of `OPERATIONS`.
+        requested: ``auto`` or a backend's name (the call's ``backend=``).
+        facts: what predicates look at: tensors, flags, sizes.
+
+    Raises:
+        ValueError: unknown operation or backend.
+        RuntimeError: a backend asked for by name cannot run this call; the message is its reason.
+    """
+    if op not in _REGISTRY:
+        raise ValueError(f"unknown operation {op!r}; operations: {', '.join(OPERATIONS)}")
+    source = "backend="
+    if requested == "auto":
+        requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        source = ENVIRONMENT_VARIABLE + "="
+    candidates = _REGISTRY[op]
+    if requested != "auto":
+        if requested not in candidates:
+            raise ValueError(f"{op}: {source}{requested!r} is unknown; it has: auto, {', '.join(candidates)}")
+        can, reason = candidates[requested](**facts)
+        if not can:
+            raise RuntimeError(f"{op}: {source}{requested!r} cannot run this call: {reason}")
+        return Choice(requested, f"asked for by {source}{requested}")
+    refusals = []
+    for name, predicate in candidates.items():
+        can, reason = predicate(**facts)
+        if can:
+            return Choice(name, "; ".join([*refusals, reason]))
+        refusals.append(f"not {name}: {reason}")
+    raise RuntimeError(f"{op}: no backend can run this call: {'; '.join(refusals)}")
+
+
+def why(op: str, backend: str = "auto", **facts: Any) -> str:
+    """The backend that `op` would take for these facts and the reason, in one line.
+
+    >>> why("ss_conv")
+    'torch: plain PyTorch runs everywhere'
+    """
+    return str(choose(op, backend, **facts))

@@ -1,0 +1,56 @@
+"""`episode_norm`: normalisation by the statistics of one task's one split, and the epilogue after it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..kernels.contracts import ChannelNorm, Epilogue, Normalised
+from ..kernels.reference import episode_norm as reference
+from . import _check
+from .backend import choose
+
+
+def episode_norm(
+    z: Tensor,
+    norm: ChannelNorm,
+    *,
+    n_groups: int,
+    mask: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Normalised:
+    """Batch statistics per group of images, then the epilogue.
+
+        y = (z − mean_g)/√(var_g + eps)·γ + β        mean and variance over the images and pixels of group g
+        output = pool(act(y + residual))             the order and place of the activation: `Epilogue`
+
+    A group is one task's one split; images of a group are neighbours, groups are of one size. The variance is
+    the biased one, computed from deviations. The stored statistics of `norm` are neither read nor changed.
+
+    Args:
+        z: [N, C, H, W] floating, N = n_groups · images a group.
+        norm: γ, β and eps.
+        n_groups: 1 is ordinary batch normalisation.
+        mask: bool [N]; a False image (padding of an unequal shot) counts for nothing; a group needs one True.
+        epilogue: what follows; by default nothing.
+        residual: [N, C, H, W].
+        backend: ``auto`` or a backend's name.
+
+    Returns:
+        (output, mean [G, C], biased variance [G, C], number of values a channel [G]); the three without gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, both named.
+    """
+    epilogue = epilogue or Epilogue()
+    _check.images_4d("z", z)
+    _check.groups(z.shape[0], n_groups, mask)
+    for key in ("weight", "bias"):
+        vector = getattr(norm, key)
+        if vector is not None and tuple(vector.shape) != (z.shape[1],):
+            raise ValueError(f"norm.{key}: shape {tuple(vector.shape)} does not fit images {tuple(z.shape)}")
+    if residual is not None and residual.shape != z.shape:
+        raise ValueError(f"residual: shape {tuple(residual.shape)} is not that of the images, {tuple(z.shape)}")
+    choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue)
+    return reference.episode_norm(z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual)

@@ -1,0 +1,68 @@
+"""`ss_block`: one residual block of scale-and-shift convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
+from ..kernels.reference import ss_block as reference
+from . import _check
+from .backend import choose
+
+
+def ss_block(
+    x: Tensor,
+    convs: Sequence[ConvOperands],
+    shortcut: ConvOperands | None,
+    *,
+    epilogue: Epilogue,
+    n_groups: int = 0,
+    mask: Tensor | None = None,
+    fold: bool = True,
+    backend: str = "auto",
+) -> BlockOutput:
+    """A residual block: convolution → norm → activation, …, the last one with the residual and the pooling.
+
+    Every convolution but the last is followed by its norm and the activation; the last by the whole `epilogue`
+    with the shortcut as its residual. The common form of ResNet-12 is ``activation="after_residual"``, the
+    TensorFlow form of MTL ``"before_residual"``.
+
+    Args:
+        x: [N, I, H, W] floating.
+        convs: the block's convolutions, in order (three in ResNet-12).
+        shortcut: the 1×1 convolution (with its norm, if any) on the residual path; None is the identity.
+        epilogue: activation and pooling of the block's end.
+        n_groups: 0 uses the stored statistics of the norms; g ≥ 1 those of g groups of images (`episode_norm`).
+        mask: bool [N], images that count in the statistics; only with n_groups ≥ 1.
+        fold: as in `ss_conv`; stored statistics only.
+        backend: ``auto`` or a backend's name.
+
+    Returns:
+        (output [N, O, H', W'], statistics): a (mean, var, count) triple as `episode_norm` returns it for each
+        normalised convolution, the shortcut's first; empty with stored statistics.
+
+    Raises:
+        ValueError: shapes that do not fit, both named.
+    """
+    _check.images_4d("x", x)
+    named = [(f"convs[{i}]", conv) for i, conv in enumerate(convs)]
+    if shortcut is not None:
+        named.append(("shortcut", shortcut))
+        _check.channels("x", x, shortcut)
+    if not convs:
+        raise ValueError("convs: a block needs at least one convolution")
+    _check.channels("x", x, convs[0])
+    for name, conv in named:
+        _check.operands(name, conv)
+        if n_groups == 0:
+            _check.stored_norm(name, conv)
+    if n_groups:
+        _check.groups(x.shape[0], n_groups, mask)
+    elif mask is not None:
+        raise ValueError("mask: only batch statistics take one; give n_groups ≥ 1")
+    choose("ss_block", backend, x=x, convs=convs, shortcut=shortcut, epilogue=epilogue, n_groups=n_groups)
+    return reference.ss_block(
+        x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold
+    )

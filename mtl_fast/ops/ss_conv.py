@@ -1,0 +1,56 @@
+"""`ss_conv`: a frozen convolution with scaling and shifting, its stored norm and its epilogue."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..kernels.contracts import ConvOperands, Epilogue
+from ..kernels.reference import ss_conv as reference
+from . import _check
+from .backend import choose
+
+
+def ss_conv(
+    x: Tensor,
+    conv: ConvOperands,
+    *,
+    epilogue: Epilogue | None = None,
+    residual: Tensor | None = None,
+    fold: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaling and shifting of a frozen convolution (MTL, arXiv 1812.02391, equation 3):
+
+        z = conv(x, W ⊙ Φ_S1) + b + Φ_S2
+        y = pool(act(norm(z) + residual))         the order and place of the activation: `Epilogue`
+
+    Φ_S1 is [O, I/g, 1, 1] (one scalar a kernel) or [O, 1, 1, 1] (one a filter). With G = dL/dz, W̃ = W ⊙ Φ_S1:
+
+        dL/dx = conv_transpose(G, W̃)      dL/dΦ_S2[o] = Σ G[:, o]
+        dL/dΦ_S1[o, i] = Σ_uv W[o, i, u, v]·dL/dW̃[o, i, u, v]      (`filter`: summed over i too)
+
+    Gradients reach x, Φ_S1, Φ_S2, the residual, and weight, bias and the norm's affine where they require one.
+
+    Args:
+        x: [N, I, H, W] floating, channels-last preferred.
+        conv: the layer's tensors; `conv.norm`, if any, uses its stored statistics. `conv.effective` must be
+            this layer's `effective_weights`; it serves where no gradient of Φ is asked for.
+        epilogue: what follows; by default nothing.
+        residual: [N, O, H', W'], added as the epilogue says.
+        fold: multiply the norm into the weight (equal to rounding) instead of applying it after (the bits of
+            conv2d followed by batch_norm).
+        backend: ``auto`` or a backend's name.
+
+    Returns:
+        [N, O, H', W'], halved by pooling; x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, both named.
+    """
+    epilogue = epilogue or Epilogue()
+    _check.images_4d("x", x)
+    _check.operands("conv", conv)
+    _check.channels("x", x, conv)
+    _check.stored_norm("conv", conv)
+    choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual)
+    return reference.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
