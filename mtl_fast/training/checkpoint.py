@@ -281,7 +281,7 @@ def check_architecture(meta: Mapping[str, Any], expected: Mapping[str, Any], pat
 
 
 def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """The first entry in which a checkpoint's settings and this run's differ, in words; empty when they agree."""
+    """The first entry where a checkpoint's settings differ from this run's, in words; empty if none does."""
     # Both through JSON, as the checkpoint went: tuples are lists there.
     return _difference(json.loads(json.dumps(found)), json.loads(json.dumps(expected)), "")
 
@@ -297,9 +297,10 @@ def _difference(found: Any, expected: Any, name: str) -> str:
             if difference := _difference(found[key], expected[key], inner):
                 return difference
         return ""
-    # As text: NaN agrees with NaN, and True differs from 1.
+    # Text lets NaN agree with NaN; True and 1 are equal to Python, but not the same setting.
     there, here = _text(found), _text(expected)
-    return "" if there == here else f"{name} is {there} there and {here} here"
+    same = there == here or (found == expected and isinstance(found, bool) == isinstance(expected, bool))
+    return "" if same else f"{name} is {there} there and {here} here"
 
 
 def _text(value: Any) -> str:

@@ -221,6 +221,12 @@ def test_another_architecture_names_the_first_difference() -> None:
         cp.check_architecture({}, built)
 
 
+def test_settings_agree_as_values() -> None:
+    found = {"lr": 1, "norm": math.nan, "widths": [1, 2]}
+    assert cp.first_difference(found, {"lr": 1.0, "norm": math.nan, "widths": (1, 2)}) == ""
+    assert cp.first_difference({"on": 1}, {"on": True}) == "on is 1 there and true here"
+
+
 def test_meta_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
     cp.save(tmp_path / "a", {"x": torch.ones(1)}, {"step": 1})
     with pytest.raises(TypeError):
