@@ -36,11 +36,19 @@ def _one_group(z: Tensor, norm: ChannelNorm, epilogue: Epilogue, residual: Tenso
     # With momentum 1 the kernel hands back its own mean and unbiased variance: no second pass over z.
     y = F.batch_norm(z, mean, var, norm.weight, norm.bias, training=True, momentum=1.0, eps=norm.eps)
     biased = var * ((size - 1) / size)
-    return Normalised(apply_epilogue(y, epilogue, residual), mean[None], biased[None], mean.new_full((1,), size))
+    return Normalised(
+        apply_epilogue(y, epilogue, residual), mean[None], biased[None], mean.new_full((1,), size)
+    )
 
 
 def episode_norm(
-    z: Tensor, norm: ChannelNorm, *, n_groups: int, mask: Tensor | None, epilogue: Epilogue, residual: Tensor | None
+    z: Tensor,
+    norm: ChannelNorm,
+    *,
+    n_groups: int,
+    mask: Tensor | None,
+    epilogue: Epilogue,
+    residual: Tensor | None,
 ) -> Normalised:
     """[N, C, H, W] → the same shape, normalised group by group; see `mtl_fast.ops.episode_norm`."""
     if n_groups == 1 and mask is None:

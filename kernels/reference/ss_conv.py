@@ -39,13 +39,15 @@ def needs_graph(conv: ConvOperands) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def ss_conv(x: Tensor, conv: ConvOperands, *, epilogue: Epilogue, residual: Tensor | None, fold: bool) -> Tensor:
+def ss_conv(
+    x: Tensor, conv: ConvOperands, *, epilogue: Epilogue, residual: Tensor | None, fold: bool
+) -> Tensor:
     """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_conv`."""
     norm = conv.norm
     if norm is None or fold:
         folded = norm is not None
         effective = conv.effective
-        # This meta-step's values serve where no gradient passes through them; else the product joins the graph.
+        # This meta-step's values serve where no gradient passes through them; else it is computed anew.
         if effective is None or effective.folded != folded or needs_graph(conv):
             effective = effective_weights(conv, fold=folded)
         z = convolve(x, conv.filters, effective.weight, effective.shift)

@@ -16,7 +16,7 @@ from .step import NormMode, Preprocess, class_accuracy
 
 
 class Evaluation(NamedTuple):
-    """Query accuracy of each task [T] and of each of its classes [T, n_way]; predicted label of each query [T, m]."""
+    """Query accuracy of each task [T] and of its classes [T, n_way]; predicted label of each query [T, m]."""
 
     accuracy: Tensor
     class_accuracy: Tensor
@@ -55,8 +55,8 @@ def evaluate(
 ) -> Evaluation:
     """Fits θ on each task's support set and scores its query set.
 
-    With `frozen` or `running` norm every distinct image of the episodes is embedded once, whatever their number;
-    `episode` norm depends on the task, so there each task's two splits are embedded for it alone.
+    With `frozen` or `running` norm every distinct image of the episodes is embedded once, whatever their
+    number; `episode` norm depends on the task, so there each task's two splits are embedded for it alone.
 
     Args:
         encoder, head: Θ with Φ, and θ; the encoder must be in evaluation mode.
@@ -80,11 +80,15 @@ def evaluate(
         place = position.split([episodes.support.shape[1], episodes.query.shape[1]], dim=1)
     accuracies, predictions = [], []
     weights = encoder.refresh(fold=False) if per_task else None
-    for start, part in zip(range(0, episodes.n_tasks, tasks_per_batch), episodes.chunks(tasks_per_batch), strict=True):
+    for start, part in zip(
+        range(0, episodes.n_tasks, tasks_per_batch), episodes.chunks(tasks_per_batch), strict=True
+    ):
         if per_task:
             support, query = (
                 encoder.embed(
-                    preprocess(store, split.flatten(), head.weight.dtype), n_groups=part.n_tasks, weights=weights
+                    preprocess(store, split.flatten(), head.weight.dtype),
+                    n_groups=part.n_tasks,
+                    weights=weights,
                 ).features.unflatten(0, split.shape)
                 for split in (part.support, part.query)
             )

@@ -41,7 +41,7 @@ class Preprocess:
 
 
 class StepOutput(NamedTuple):
-    """Mean query loss [T] and query accuracy of each class [T, n_way], after the inner loop, before any update."""
+    """Mean query loss [T] and query accuracy of each class [T, n_way], after the inner loop."""
 
     loss: Tensor
     class_accuracy: Tensor
@@ -57,17 +57,17 @@ def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
 class EpisodicEngine:
     """Runs episodes through encoder and base-learner and accumulates the meta-gradients.
 
-    The gradient is that of the mean query loss over the step's tasks and reaches whatever parameters of encoder
-    and head require one: Φ (scaling and shifting), or the weights themselves (fine-tuning), and θ. The result
-    does not depend on `images_per_chunk` but for rounding.
+    The gradient is that of the mean query loss over the step's tasks and reaches whatever parameters of
+    encoder and head require one: Φ (scaling and shifting), or the weights themselves (fine-tuning), and θ.
+    The result does not depend on `images_per_chunk` but for rounding.
 
     Attributes:
         encoder, head: Θ with Φ, and θ.
         store, preprocess: where the images come from.
-        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages, query before support.
+        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages, query first.
         order: ``first`` treats θ' as θ minus constants; ``second`` differentiates through all inner steps.
         inner_lr, inner_steps: β and T of the inner loop.
-        images_per_chunk: bounds how many images are in flight; a chunk is as many whole tasks as fit, at least one.
+        images_per_chunk: bounds the images in flight; a chunk is as many whole tasks as fit, at least one.
         backend: of the base-learner.
     """
 
@@ -89,7 +89,7 @@ class EpisodicEngine:
             raise ValueError(f"order: {self.order!r} is neither first nor second")
 
     def step(self, episodes: Episodes) -> StepOutput:
-        """Adds the gradients of the mean query loss to the parameters' `.grad`; no value leaves the device."""
+        """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back."""
         per_task = episodes.support.shape[1] + episodes.query.shape[1]
         n_tasks = episodes.n_tasks
         chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
@@ -99,7 +99,9 @@ class EpisodicEngine:
             loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
             task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
             (task_loss.sum() / n_tasks).backward()
-            outputs.append((task_loss.detach(), class_accuracy(logits.detach(), part.query_labels, part.n_way)))
+            outputs.append(
+                (task_loss.detach(), class_accuracy(logits.detach(), part.query_labels, part.n_way))
+            )
         losses, accuracies = zip(*outputs, strict=True)
         return StepOutput(torch.cat(losses), torch.cat(accuracies))
 

@@ -25,7 +25,9 @@ class Conv4(Encoder):
     def __init__(self, width: int = 32, *, image_size: int = 84, eps: float = 1e-5) -> None:
         super().__init__()
         if image_size < 16:
-            raise ValueError(f"image_size: Conv-4 halves its map four times and needs at least 16 pixels, got {image_size}")
+            raise ValueError(
+                f"image_size: Conv-4 halves its map four times and needs at least 16 pixels, got {image_size}"
+            )
         self.epilogue = Epilogue("after_residual", slope=0.0, pool=True)
         self.feature_dim = width * (image_size // 16) ** 2
         self.layers = nn.ModuleList(

@@ -16,7 +16,7 @@ Statistics = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class Embeddings(NamedTuple):
-    """[N, D] features, and per norm layer the batch statistics (mean, var, count); empty with stored ones."""
+    """[N, D] features; per norm layer the batch statistics (mean, var, count), or none at all."""
 
     features: Tensor
     statistics: Statistics
@@ -25,7 +25,7 @@ class Embeddings(NamedTuple):
 class Encoder(nn.Module):
     """Base of the encoders: images [N, 3, H, W] → features [N, feature_dim].
 
-    In training mode (pre-training) a plain call is an ordinary network: batch statistics over the whole batch,
+    In training mode (pre-training) a plain call is an ordinary network: batch statistics of the whole batch,
     running averages moved, dropout active. In evaluation mode it uses the stored statistics.
     The meta-training engine calls `embed`, which says explicitly which statistics are used.
     """
@@ -83,7 +83,9 @@ class Encoder(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
-    def enable_scale_shift(self, granularity: Granularity = "kernel", *, last_block_only: bool = False) -> None:
+    def enable_scale_shift(
+        self, granularity: Granularity = "kernel", *, last_block_only: bool = False
+    ) -> None:
         """Freezes Θ and starts Φ as the identity, on every convolution or on the last block's only."""
         self.freeze()
         for conv in self.convs(self.blocks()[-1] if last_block_only else None):
@@ -112,7 +114,7 @@ class Encoder(nn.Module):
             norm.update(mean, var, count)
 
     def _dropout(self, x: Tensor) -> Tensor:
-        """Inverted dropout in training mode, drawn from `dropout_generator` so that a resumed run repeats it."""
+        """Inverted dropout in training mode, from `dropout_generator` so that a resumed run repeats it."""
         if not self.training or not self.dropout:
             return x
         keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=self.dropout_generator)

@@ -17,7 +17,15 @@ class ResidualBlock(nn.Module):
     """Operands of one block: a 1×1 shortcut and three 3×3 convolutions; `ss_block` does the arithmetic."""
 
     def __init__(
-        self, n_in: int, n_out: int, *, bias: bool, shortcut_bias: bool, shortcut_norm: bool, affine: str, eps: float
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool,
+        shortcut_bias: bool,
+        shortcut_norm: bool,
+        affine: str,
+        eps: float,
     ) -> None:
         super().__init__()
 
@@ -35,7 +43,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet12(Encoder):
-    """Four residual blocks, each halving the map, and a mean over what is left: [N, 3, H, W] → [N, widths[-1]].
+    """Four residual blocks, each halving the map, then its mean: [N, 3, H, W] → [N, widths[-1]].
 
     The defaults are the common form: norm and no activation on the third convolution and the shortcut, the
     activation after the addition. `ResNet12.tensorflow()` is the form behind the tables of MTL (CVPR 2019).
@@ -85,9 +93,13 @@ class ResNet12(Encoder):
 
     @classmethod
     def tensorflow(
-        cls, widths: Sequence[int] = (64, 128, 256, 512), *, dropout: float = 0.1, shortcut_scale_shift: bool = False
+        cls,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        *,
+        dropout: float = 0.1,
+        shortcut_scale_shift: bool = False,
     ) -> ResNet12:
-        """The authors' TensorFlow form: every 3×3 convolution activated, a raw 1×1 residual, no γ, eps 1e-3."""
+        """The authors' TensorFlow form: every 3×3 convolution activated, raw 1×1 residual, no γ, eps 1e-3."""
         return cls(
             widths,
             dropout=dropout,
@@ -117,7 +129,8 @@ class ResNet12(Encoder):
 
         for block in self.layers:
             shortcut, *convs = (
-                conv.operands(next(effective) if effective is not None else None) for conv in self.convs(block)
+                conv.operands(next(effective) if effective is not None else None)
+                for conv in self.convs(block)
             )
             out = ss_block(
                 x,

@@ -24,7 +24,9 @@ class ChannelNorm2d(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, n_channels: int, *, affine: str = "both", eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(
+        self, n_channels: int, *, affine: str = "both", eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
         super().__init__()
         if affine not in ("both", "bias", "none"):
             raise ValueError(f"affine: {affine!r} is not one of both, bias, none")
@@ -43,7 +45,7 @@ class ChannelNorm2d(nn.Module):
     def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Moves the running averages by the groups' statistics, one group after the other.
 
-        r ← (1 − m)·r + m·statistic for each group in order, in closed form; the variance is made unbiased first.
+        r ← (1 − m)·r + m·statistic, group by group, in closed form; of the variance the unbiased one.
 
         Args:
             mean: [G, C]; var: [G, C], biased; count: [G], values a channel.
@@ -60,9 +62,9 @@ class ChannelNorm2d(nn.Module):
 
 
 class ScaleShiftConv2d(nn.Module):
-    """A convolution, its norm, and (once `enable_scale_shift` was called) Φ_S1 and Φ_S2 on its frozen weight.
+    """A convolution, its norm, and (after `enable_scale_shift`) Φ_S1 and Φ_S2 on its frozen weight.
 
-    Before that it is an ordinary trainable convolution. Φ starts as the identity, so the outputs stay the same.
+    Before that it is an ordinary trainable convolution. Φ starts as the identity: outputs stay the same.
 
     Args:
         n_in, n_out, kernel_size, stride, padding, dilation, groups, bias: as in `torch.nn.Conv2d`.
@@ -151,10 +153,8 @@ class ScaleShiftConv2d(nn.Module):
 def interleave(
     first: list[tuple[Tensor, Tensor, Tensor]], second: list[tuple[Tensor, Tensor, Tensor]]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per layer, the statistics of two splits in task order: first split of task 0, second of task 0, first of 1, …"""
+    """Per layer, the statistics of two splits in task order: both of task 0, both of task 1, …"""
     return [
         tuple(torch.stack((a, b), dim=1).flatten(0, 1) for a, b in zip(one, two, strict=True))  # type: ignore[misc]
         for one, two in zip(first, second, strict=True)
     ]
-
-

@@ -28,13 +28,14 @@ def operands(name: str, conv: ConvOperands) -> None:
         vectors |= {"effective.shift": conv.effective.shift}
         if conv.effective.weight.shape != weight.shape:
             raise ValueError(
-                f"{name}.effective.weight: shape {tuple(conv.effective.weight.shape)} is not the frozen weight's "
-                f"{tuple(weight.shape)}"
+                f"{name}.effective.weight: shape {tuple(conv.effective.weight.shape)} is not the frozen "
+                f"weight's {tuple(weight.shape)}"
             )
     for key, vector in vectors.items():
         if vector is not None and tuple(vector.shape) != (n_out,):
             raise ValueError(
-                f"{name}.{key}: shape {tuple(vector.shape)} does not fit weight {tuple(weight.shape)}; expected ({n_out},)"
+                f"{name}.{key}: shape {tuple(vector.shape)} does not fit weight {tuple(weight.shape)}; "
+                f"expected ({n_out},)"
             )
 
 
@@ -43,8 +44,8 @@ def channels(name: str, x: Tensor, conv: ConvOperands) -> None:
     expected = conv.filters.weight.shape[1] * conv.filters.groups
     if x.shape[1] != expected:
         raise ValueError(
-            f"{name}: images {tuple(x.shape)} have {x.shape[1]} channels, weight {tuple(conv.filters.weight.shape)} "
-            f"with groups={conv.filters.groups} takes {expected}"
+            f"{name}: images {tuple(x.shape)} have {x.shape[1]} channels, weight "
+            f"{tuple(conv.filters.weight.shape)} with groups={conv.filters.groups} takes {expected}"
         )
 
 

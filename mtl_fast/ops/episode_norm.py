@@ -32,13 +32,13 @@ def episode_norm(
         z: [N, C, H, W] floating, N = n_groups · images a group.
         norm: γ, β and eps.
         n_groups: 1 is ordinary batch normalisation.
-        mask: bool [N]; a False image (padding of an unequal shot) counts for nothing; a group needs one True.
+        mask: bool [N]; a False image (padding of an unequal shot) counts for nothing; a group has one True.
         epilogue: what follows; by default nothing.
         residual: [N, C, H, W].
         backend: ``auto`` or a backend's name.
 
     Returns:
-        (output, mean [G, C], biased variance [G, C], number of values a channel [G]); the three without gradient.
+        (output, mean [G, C], biased variance [G, C], count of values a channel [G]); the three without gradient.
 
     Raises:
         ValueError: shapes that do not fit, both named.
@@ -51,6 +51,8 @@ def episode_norm(
         if vector is not None and tuple(vector.shape) != (z.shape[1],):
             raise ValueError(f"norm.{key}: shape {tuple(vector.shape)} does not fit images {tuple(z.shape)}")
     if residual is not None and residual.shape != z.shape:
-        raise ValueError(f"residual: shape {tuple(residual.shape)} is not that of the images, {tuple(z.shape)}")
+        raise ValueError(
+            f"residual: shape {tuple(residual.shape)} is not that of the images, {tuple(z.shape)}"
+        )
     choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue)
     return reference.episode_norm(z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual)

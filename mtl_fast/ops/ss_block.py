@@ -25,16 +25,16 @@ def ss_block(
 ) -> BlockOutput:
     """A residual block: convolution → norm → activation, …, the last one with the residual and the pooling.
 
-    Every convolution but the last is followed by its norm and the activation; the last by the whole `epilogue`
-    with the shortcut as its residual. The common form of ResNet-12 is ``activation="after_residual"``, the
-    TensorFlow form of MTL ``"before_residual"``.
+    Every convolution but the last is followed by its norm and the activation; the last by the whole
+    `epilogue` with the shortcut as its residual. The common form of ResNet-12 is
+    ``activation="after_residual"``, the TensorFlow form of MTL ``"before_residual"``.
 
     Args:
         x: [N, I, H, W] floating.
         convs: the block's convolutions, in order (three in ResNet-12).
         shortcut: the 1×1 convolution (with its norm, if any) on the residual path; None is the identity.
         epilogue: activation and pooling of the block's end.
-        n_groups: 0 uses the stored statistics of the norms; g ≥ 1 those of g groups of images (`episode_norm`).
+        n_groups: 0 uses the norms' stored statistics; g ≥ 1 those of g groups of images (`episode_norm`).
         mask: bool [N], images that count in the statistics; only with n_groups ≥ 1.
         fold: as in `ss_conv`; stored statistics only.
         backend: ``auto`` or a backend's name.
@@ -63,6 +63,4 @@ def ss_block(
     elif mask is not None:
         raise ValueError("mask: only batch statistics take one; give n_groups ≥ 1")
     choose("ss_block", backend, x=x, convs=convs, shortcut=shortcut, epilogue=epilogue, n_groups=n_groups)
-    return reference.ss_block(
-        x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold
-    )
+    return reference.ss_block(x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold)

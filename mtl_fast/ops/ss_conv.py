@@ -24,12 +24,12 @@ def ss_conv(
         z = conv(x, W ⊙ Φ_S1) + b + Φ_S2
         y = pool(act(norm(z) + residual))         the order and place of the activation: `Epilogue`
 
-    Φ_S1 is [O, I/g, 1, 1] (one scalar a kernel) or [O, 1, 1, 1] (one a filter). With G = dL/dz, W̃ = W ⊙ Φ_S1:
+    Φ_S1 is [O, I/g, 1, 1] (`kernel`) or [O, 1, 1, 1] (`filter`). With G = dL/dz and W̃ = W ⊙ Φ_S1:
 
         dL/dx = conv_transpose(G, W̃)      dL/dΦ_S2[o] = Σ G[:, o]
         dL/dΦ_S1[o, i] = Σ_uv W[o, i, u, v]·dL/dW̃[o, i, u, v]      (`filter`: summed over i too)
 
-    Gradients reach x, Φ_S1, Φ_S2, the residual, and weight, bias and the norm's affine where they require one.
+    Gradients reach x, Φ_S1, Φ_S2, the residual; weight, bias and the affine of the norm if they require one.
 
     Args:
         x: [N, I, H, W] floating, channels-last preferred.
@@ -37,8 +37,8 @@ def ss_conv(
             this layer's `effective_weights`; it serves where no gradient of Φ is asked for.
         epilogue: what follows; by default nothing.
         residual: [N, O, H', W'], added as the epilogue says.
-        fold: multiply the norm into the weight (equal to rounding) instead of applying it after (the bits of
-            conv2d followed by batch_norm).
+        fold: multiply the norm into the weight (equal to rounding) instead of applying it after (the bits
+            of conv2d followed by batch_norm).
         backend: ``auto`` or a backend's name.
 
     Returns:
