@@ -1,0 +1,232 @@
+"""The `mtl-fast` command, derived from the settings' dataclasses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EpisodeConfig,
+    EvaluationConfig,
+    InnerConfig,
+    MetaConfig,
+    PretrainConfig,
+    preset,
+)
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole way on the embedded characters: pre-train, meta-train plain and with hard tasks, test, picture."""
+
+    output: Path = Path("runs/demo")
+    """Folder for report, pictures, settings and checkpoints."""
+    quick: bool = False
+    """The same way in 40 seconds: shows that everything works; its numbers mean little."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+    resume: bool = False
+    """Go on where a demo in the output folder stopped."""
+
+    def run(self) -> None:
+        from .training.demo import demo
+
+        demo(self.output, quick=self.quick, seed=self.seed, device=self.device, resume=self.resume)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The demo over several seeds, with fine-tuning and a range of meta learning rates: the README's numbers."""
+
+    output: Path = Path("runs/results")
+    """Folder of the runs; finished ones are kept, so the command can be given again."""
+    publish: Path = Path("docs/results")
+    """Folder for the summary: results.json, the table and the pictures."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One whole experiment a seed."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+
+    def run(self) -> None:
+        from .training.results import results
+
+        results(self.output, self.publish, seeds=self.seeds, device=self.device)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pre-train an encoder on all training classes; the best epoch by validation episodes is kept."""
+
+    output: Path
+    """Folder of this run."""
+    data: DataConfig
+    encoder: EncoderConfig
+    pretrain: PretrainConfig
+    inner: InnerConfig
+    preset: str = "paper"
+    """Recipe that gives every setting its default."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+    resume: bool = False
+    """Go on where the run in the output folder stopped."""
+
+    def run(self) -> None:
+        from .training.pretrain import pretrain
+
+        config = replace(
+            preset(self.preset),
+            data=self.data,
+            encoder=self.encoder,
+            pretrain=self.pretrain,
+            inner=self.inner,
+            seed=self.seed,
+            device=self.device,
+        )
+        path = pretrain(config, self.output, resume=self.resume)
+        print(f"pre-trained encoder: {path}")
+
+
+@dataclass(frozen=True)
+class MetaTrain:
+    """Learn scale and shift (or weights) and the head's start across tasks, with or without hard tasks."""
+
+    pretrained: Path
+    """Model file, or run folder, of `mtl-fast pretrain`."""
+    output: Path
+    """Folder of this run."""
+    data: DataConfig
+    episodes: EpisodeConfig
+    inner: InnerConfig
+    meta: MetaConfig
+    preset: str = "paper"
+    """Recipe that gives every setting its default."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+    resume: bool = False
+    """Go on where the run in the output folder stopped."""
+
+    def run(self) -> None:
+        from .training.meta_train import meta_train
+
+        config = replace(
+            preset(self.preset),
+            data=self.data,
+            episodes=self.episodes,
+            inner=self.inner,
+            meta=self.meta,
+            seed=self.seed,
+            device=self.device,
+        )
+        path = meta_train(config, self.pretrained, self.output, resume=self.resume)
+        print(f"meta-trained model: {path}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Mean accuracy ± 95 % interval over test tasks, of a pre-trained or a meta-trained model."""
+
+    checkpoint: Path
+    """Model file, or run folder, of `pretrain` (a fresh head is fitted) or `meta-train`."""
+    data: str | None = None
+    """Another data source than the one trained on."""
+    n_way: int | None = None
+    """Classes a task; by default as trained."""
+    n_shot: int | None = None
+    """Support images a class; by default as trained."""
+    n_query: int | None = None
+    """Query images a class; by default as trained."""
+    inner_steps: int | None = None
+    """Steps of the inner loop; by default the model's."""
+    inner_lr: float | None = None
+    """Its step size; by default the model's."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+    """Seed of the test tasks."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+    output: Path | None = None
+    """Folder for evaluation.json and the accuracy of each task; None writes nothing."""
+
+    def run(self) -> None:
+        from .training.evaluate import evaluate_model
+
+        print(evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__}))
+
+
+def commands(config: Config) -> dict[str, Any]:
+    """The commands with the defaults of a recipe."""
+    return {
+        "demo": Demo(),
+        "pretrain": Pretrain(tyro.MISSING, config.data, config.encoder, config.pretrain, config.inner),
+        "meta-train": MetaTrain(
+            tyro.MISSING, tyro.MISSING, config.data, config.episodes, config.inner, config.meta
+        ),
+        "evaluate": Evaluate(tyro.MISSING),
+        "results": Results(),
+    }
+
+
+def _preset_of(arguments: Sequence[str]) -> Config:
+    """The recipe that the arguments name; its values are the defaults that tyro shows and fills in."""
+    name = "paper"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.partition("=")[2]
+    return preset(name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for wrong input (one line says what), 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        defaults = commands(_preset_of(arguments))
+        kind = tyro.extras.subcommand_type_from_defaults(
+            defaults, {k: v.__doc__ for k, v in defaults.items()}
+        )
+        description = (
+            "Meta-transfer learning for few-shot classification. Start with: mtl-fast demo. "
+            f"Recipes for --preset: {', '.join(PRESETS)}."
+        )
+        command = tyro.cli(
+            Annotated[kind, tyro.conf.OmitSubcommandPrefixes],  # type: ignore[valid-type]
+            prog="mtl-fast",
+            description=description,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        from .training.run import Interrupted
+
+        try:
+            command.run()
+        except Interrupted as stopped:
+            print(f"mtl-fast: {stopped}", file=sys.stderr)
+            return 130
+    except InputError as error:
+        print(f"mtl-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mtl-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Augmentation of pre-training batches: a moved or resized crop, mirroring, colour jitter; all images at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import PretrainConfig
+from ..data.store import ImageStore
+from ..engine.step import Preprocess
+from ..ops.images import images
+
+
+def augmented(
+    store: ImageStore,
+    rows: Tensor,
+    preprocess: Preprocess,
+    config: PretrainConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """Rows [B] of the store → augmented, normalised network input [B, 3, H, W].
+
+    Args:
+        store: the images.
+        rows: int64 [B].
+        preprocess: mean and standard deviation, of 255.
+        config: `crop`, `flip` and `jitter`.
+        generator: the augmentation stream, on the CPU; it draws the same numbers whatever the device.
+    """
+    n, device = len(rows), store.images.device
+    height, width = store.image_size
+    flip = torch.rand(n, generator=generator).lt(0.5).to(device) if config.flip else None
+    plain = config.jitter == 0 and config.crop != "resized"
+    mean, std = (preprocess.mean, preprocess.std) if plain else ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
+    crop, padding = None, 0
+    if config.crop == "shift":
+        padding = height // 8
+        crop = torch.randint(2 * padding + 1, (n, 2), generator=generator).to(device)
+    x = images(
+        store.images,
+        rows,
+        mean=torch.tensor(mean, device=device),
+        std=torch.tensor(std, device=device),
+        crop=crop,
+        size=(height, width),
+        padding=padding,
+        flip=flip,
+    )
+    if plain:
+        return x
+    if config.crop == "resized":
+        x = resized_crop(x, generator)
+    if config.jitter:
+        x = colour_jitter(x, config.jitter, generator)
+    mean, std = (
+        torch.tensor(v, device=device).view(3, 1, 1) / 255 for v in (preprocess.mean, preprocess.std)
+    )
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def resized_crop(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A random box of 8 to 100 % of the area and 3/4 to 4/3 of the aspect, brought back to the full size.
+
+    [B, C, H, W] → the same shape, sampled bilinearly. A box that would not fit is cut to the image.
+    """
+    u = torch.rand(len(x), 4, generator=generator)
+    area = 0.08 + 0.92 * u[:, 0]
+    aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
+    wide, high = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = wide, high
+    # Centres in [−1, 1] such that the box stays inside.
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * u[:, 2] - 1) * (1 - wide), (2 * u[:, 3] - 1) * (1 - high)
+    grid = F.affine_grid(theta.to(x.device, x.dtype), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def colour_jitter(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation each times a factor within 1 ± strength; [B, 3, H, W] in [0, 1]."""
+    factors = 1 + strength * (2 * torch.rand(3, len(x), 1, 1, 1, generator=generator) - 1)
+    brightness, contrast, saturation = factors.to(x.device, x.dtype)
+    weights = x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    x = (x * brightness).clamp(0, 1)
+    grey = (x * weights).sum(dim=1, keepdim=True)
+    middle = grey.mean(dim=(2, 3), keepdim=True)
+    x = torch.lerp(middle.expand_as(x), x, contrast.expand_as(x)).clamp(0, 1)
+    grey = (x * weights).sum(dim=1, keepdim=True)
+    return torch.lerp(grey.expand_as(x), x, saturation.expand_as(x)).clamp(0, 1)

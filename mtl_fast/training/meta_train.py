@@ -1,0 +1,308 @@
+"""Meta-training, algorithms 1 and 2 of MTL (arXiv 1812.02391): random tasks, then hard tasks of the failed classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import Config, MetaConfig
+from ..data import load_split
+from ..data.store import ImageStore
+from ..engine.evaluate import evaluate
+from ..engine.step import EpisodicEngine
+from ..episodes import Episodes, EpisodeSampler, HardTaskPool
+from ..errors import InputError
+from ..random_streams import RandomStreams
+from . import checkpoint
+from .logging import RunLog
+from .models import (
+    Model,
+    architecture,
+    device_of,
+    learnable,
+    load_model,
+    load_weights,
+    new_head,
+    preprocess_of,
+    save_model,
+    weights_of,
+)
+from .pretrain import validation_episodes
+from .run import RunFolder, prefixed, stop_on_ctrl_c
+from .statistics import mean_interval
+
+
+class MetaTraining:
+    """The state of a meta-training run and its loop.
+
+    A round is K random tasks, `tasks_per_update` of them an Adam step, then (with hard tasking) K' hard tasks
+    trained on in the same way. The pool of failed classes fills during the first part and is emptied at the end.
+    Hard tasks count in `n_tasks`, so that runs with and without them see equally many tasks.
+
+    Args:
+        config: settings.
+        pretrained: the pre-trained model.
+        output: the run's folder.
+        resume: go on with the run that is there.
+        train, val: the splits; None loads them from `config.data.source`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pretrained: Model,
+        output: str | Path,
+        *,
+        resume: bool = False,
+        train: ImageStore | None = None,
+        val: ImageStore | None = None,
+    ) -> None:
+        self.config, self.meta = config, config.meta
+        check_rounds(self.meta)
+        self.device = device_of(config)
+        size = config.data.image_size
+        train = (load_split(config.data.source, "train", size) if train is None else train).to(self.device)
+        self.val = (load_split(config.data.source, "val", size) if val is None else val).to(self.device)
+        self.image_size = train.image_size[0]
+        checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
+        self.streams = RandomStreams(config.seed)
+        self.encoder = pretrained.encoder.to(self.device)
+        self.head = new_head(config, self.encoder, self.streams).to(self.device)
+        self.moved = learnable(self.encoder, config)
+        self.optimizer = _adam(self.meta, self.moved, list(self.head.parameters()))
+        shape = config.episodes
+        self.sampler = EpisodeSampler(
+            train, shape.n_way, shape.n_shot, shape.n_query, self.streams.stream("tasks")
+        )
+        self.pool: HardTaskPool | None = None
+        if self.meta.hard != "none":
+            self.pool = HardTaskPool(self.sampler, self.meta.hard, self.streams.stream("hard_tasks"))
+        self.preprocess = preprocess_of(config)
+        self.engine = EpisodicEngine(
+            self.encoder,
+            self.head,
+            train,
+            self.preprocess,
+            norm=self.meta.norm,
+            order=config.inner.order,
+            inner_lr=config.inner.lr,
+            inner_steps=config.inner.train_steps,
+            images_per_chunk=self.meta.images_per_chunk,
+        )
+        self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
+        self.total = self.meta.n_tasks // self.meta.tasks_per_update
+        self.update = 0
+        self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
+        self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.best: dict[str, Tensor] = {}
+        self.best_accuracy, self.best_update = -1.0, 0
+        self.curve: list[list[float]] = []
+        self.folder = RunFolder(output, config, resume=resume)
+        if self.folder.resumed:
+            self._restore()
+
+    def run(self) -> Path:
+        """Runs to the end and returns the model file.
+
+        Raises:
+            InputError: the loss became non-finite.
+            Interrupted: Ctrl-C; the state is saved.
+        """
+        if self.update >= self.total and self.folder.model.exists():
+            return self.folder.model
+        every = max(1, self.meta.validate_every // self.meta.tasks_per_update)
+        log = RunLog(self.folder.path, phase="meta-train", total=self.total, unit="update", step=self.update)
+        with log, stop_on_ctrl_c() as stop:
+            if self.update == 0 and not self.curve:
+                self._validate(log)
+            while self.update < self.total:
+                self._update()
+                if self.update % every == 0 or self.update == self.total:
+                    self._validate(log)
+                    self._save()
+                elif stop.requested:
+                    self._require_finite()
+                    self._save()
+                if stop.requested and self.update < self.total:
+                    raise self.folder.interrupted(f"meta-training after update {self.update} of {self.total}")
+                log.advance(self.update)
+        save_model(
+            self.folder.model,
+            "meta",
+            self.config,
+            self.best,
+            image_size=self.image_size,
+            validation_accuracy=self.best_accuracy,
+            tasks=self.best_update * self.meta.tasks_per_update,
+            curve=self.curve,
+        )
+        return self.folder.model
+
+    def next_episodes(self) -> tuple[Episodes, bool]:
+        """The tasks of the next update, and whether they are hard ones."""
+        per_update = self.meta.tasks_per_update
+        if self.pool is None:
+            return self.sampler.sample(per_update), False
+        n_random = self.meta.random_tasks_per_round // per_update
+        n_hard = self.meta.hard_tasks_per_round // per_update
+        hard = self.update % (n_random + n_hard) >= n_random
+        return (self.pool if hard else self.sampler).sample(per_update), hard
+
+    def _update(self) -> None:
+        episodes, hard = self.next_episodes()
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.engine.step(episodes)
+        if self.pool is not None and not hard:
+            self.pool.add(episodes, output.class_accuracy)
+        set_rates(self.optimizer, self.meta, self.update)
+        finite = output.loss.isfinite().all()
+        guarded_step(self.optimizer, finite)
+        self.all_finite &= finite
+        self.sums += torch.stack([output.loss.mean(), output.class_accuracy.mean(), self.sums.new_ones(())])
+        self.update += 1
+        if self.pool is not None and self.update % self._updates_per_round == 0:
+            self.pool.clear()
+
+    @property
+    def _updates_per_round(self) -> int:
+        return (
+            self.meta.random_tasks_per_round + self.meta.hard_tasks_per_round
+        ) // self.meta.tasks_per_update
+
+    def _require_finite(self) -> None:
+        """Reads the flag that a non-finite loss sets; before every checkpoint."""
+        if not bool(self.all_finite):
+            raise InputError(
+                f"meta-training: a loss became non-finite before update {self.update}; the last checkpoint and the "
+                f"weights are untouched; try a lower --meta.lr (now {self.meta.lr:g}) or --inner.lr "
+                f"(now {self.config.inner.lr:g})"
+            )
+
+    def _validate(self, log: RunLog) -> None:
+        self._require_finite()
+        inner = self.config.inner
+        result = evaluate(
+            self.encoder,
+            self.head,
+            self.val,
+            self.validation,
+            self.preprocess,
+            inner_lr=inner.lr,
+            inner_steps=inner.test_steps,
+            norm=self.meta.norm,
+        )
+        mean, interval = mean_interval(result.accuracy)
+        tasks = self.update * self.meta.tasks_per_update
+        self.curve.append([tasks, mean, interval])
+        if mean > self.best_accuracy:
+            self.best_accuracy, self.best_update = mean, self.update
+            self.best = weights_of(self.encoder, self.head)
+        row = {"tasks": tasks, "validation_accuracy": mean, "validation_interval": interval}
+        if self.update:
+            loss, accuracy = (self.sums[:2] / self.sums[2]).tolist()
+            row |= {"loss": loss, "train_accuracy": accuracy}
+            self.sums.zero_()
+        log.row(self.update, **row)
+
+    def _save(self) -> None:
+        optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
+        self.folder.save(
+            optimizer
+            | prefixed(
+                current=weights_of(self.encoder, self.head),
+                best=self.best,
+                streams=self.streams.state_dict(),
+                pool={} if self.pool is None else self.pool.state_dict(),
+                loop={"sums": self.sums},
+            ),
+            {
+                "phase": "meta-train",
+                "update": self.update,
+                "optimizer": optimizer_state,
+                "best_accuracy": self.best_accuracy,
+                "best_update": self.best_update,
+                "curve": self.curve,
+            },
+        )
+
+    def _restore(self) -> None:
+        folder, meta = self.folder, self.folder.meta
+        if meta.get("phase") != "meta-train":
+            raise InputError(f"{folder.checkpoint}: is of phase {meta.get('phase')!r}, not of meta-training")
+        load_weights(folder.section("current"), self.encoder, self.head)
+        checkpoint.unpack_optimizer(self.optimizer, folder.tensors, meta["optimizer"])
+        self.streams.load_state_dict(folder.section("streams"))
+        if self.pool is not None:
+            self.pool.load_state_dict(folder.section("pool"))
+        self.sums, self.best = folder.section("loop")["sums"].to(self.device), folder.section("best")
+        self.update, self.curve = meta["update"], meta["curve"]
+        self.best_accuracy, self.best_update = meta["best_accuracy"], meta["best_update"]
+
+
+def check_rounds(meta: MetaConfig) -> None:
+    """K, K' and the number of tasks divide into updates.
+
+    Raises:
+        InputError: one does not; both numbers are named.
+    """
+    counts = {"n_tasks": meta.n_tasks}
+    if meta.hard != "none":
+        counts |= {
+            "random_tasks_per_round": meta.random_tasks_per_round,
+            "hard_tasks_per_round": meta.hard_tasks_per_round,
+        }
+    if meta.tasks_per_update < 1:
+        raise InputError(f"--meta.tasks-per-update is {meta.tasks_per_update}; it must be at least 1")
+    for name, value in counts.items():
+        if value < 1 or value % meta.tasks_per_update:
+            raise InputError(
+                f"--meta.{name.replace('_', '-')} is {value}, which is no positive multiple of "
+                f"--meta.tasks-per-update {meta.tasks_per_update}"
+            )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -> None:
+    """Both rates, halved every `decay_every` updates down to the floor (a rate below the floor stays)."""
+    for group in optimizer.param_groups:
+        start = group["start_lr"]
+        group["lr"] = max(start * 0.5 ** (update // meta.decay_every), min(meta.lr_floor, start))
+
+
+@torch.no_grad()
+def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """A step that leaves parameters and state as they were where `finite` is False; nothing is read back."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [
+        (tensor, tensor.clone())
+        for p in parameters
+        for tensor in (p, *(v for v in optimizer.state[p].values() if isinstance(v, Tensor)))
+    ]
+    for p in parameters:
+        if p.grad is not None:  # else a first step would start Adam's moments at NaN
+            p.grad.copy_(torch.where(finite, p.grad, 0))
+    optimizer.step()
+    for tensor, old in before:
+        tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
+
+
+def _adam(
+    meta: MetaConfig, moved: list[torch.nn.Parameter], head: list[torch.nn.Parameter]
+) -> torch.optim.Adam:
+    groups = [{"params": head, "start_lr": meta.head_lr}]
+    if moved:
+        groups.insert(0, {"params": moved, "start_lr": meta.lr})
+    return torch.optim.Adam(groups)
+
+
+def meta_train(config: Config, pretrained: str | Path, output: str | Path, *, resume: bool = False) -> Path:
+    """Meta-trains from a pre-trained model file as `config` says; returns the model file. See `MetaTraining`."""
+    model = load_model(pretrained, kind="pretrained")
+    # The network is the pre-trained one, whatever the recipe's default.
+    config = replace(
+        config,
+        encoder=replace(model.config.encoder, shortcut_scale_shift=config.encoder.shortcut_scale_shift),
+    )
+    return MetaTraining(config, model, output, resume=resume).run()

@@ -1,0 +1,179 @@
+"""Networks from settings, and model files: what a finished phase leaves for the next one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config, EncoderConfig
+from ..engine.step import Preprocess
+from ..errors import InputError
+from ..nn import Conv4, Encoder, LinearHead, ResNet12
+from ..random_streams import RandomStreams
+from . import checkpoint
+
+
+def build_encoder(
+    config: EncoderConfig, *, image_size: int, generator: torch.Generator | None = None
+) -> Encoder:
+    """The encoder of these settings, its convolutions drawn from `generator`.
+
+    Args:
+        config: the network.
+        image_size: height and width of the images (Conv-4's feature width depends on it).
+        generator: random stream of the initial weights.
+    """
+    encoder: Encoder
+    if config.name == "conv4":
+        encoder = Conv4(config.widths[0], image_size=image_size)
+    elif config.form == "tensorflow":
+        encoder = ResNet12.tensorflow(
+            config.widths, dropout=config.dropout, shortcut_scale_shift=config.shortcut_scale_shift
+        )
+    else:
+        encoder = ResNet12(
+            config.widths, dropout=config.dropout, shortcut_scale_shift=config.shortcut_scale_shift
+        )
+    for conv in encoder.convs():
+        conv.reset_parameters(generator)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def learnable(encoder: Encoder, config: Config) -> list[torch.nn.Parameter]:
+    """Freezes the encoder and opens what `config.meta.learn` names; returns those parameters."""
+    meta = config.meta
+    encoder.eval()
+    encoder.freeze()
+    if meta.learn == "scale_shift":
+        encoder.enable_scale_shift(meta.granularity, last_block_only=meta.last_block_only)
+    elif meta.learn == "weights":
+        for conv in encoder.convs(encoder.blocks()[-1] if meta.last_block_only else None):
+            conv.weight.requires_grad_(True)
+            if conv.bias is not None:
+                conv.bias.requires_grad_(True)
+    return [p for p in encoder.parameters() if p.requires_grad]
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that `config.device` names.
+
+    Raises:
+        InputError: it is unknown or not here.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
+    return device
+
+
+def preprocess_of(config: Config) -> Preprocess:
+    """The normalisation of these settings."""
+    return Preprocess(config.data.mean, config.data.std)
+
+
+@dataclass
+class Model:
+    """A finished phase: network, head's start (after meta-training) and the settings it was made with."""
+
+    config: Config
+    encoder: Encoder
+    head: LinearHead | None
+    image_size: int
+    meta: dict[str, Any]
+    path: Path
+
+
+def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Tensor]:
+    """All tensors of a model under `encoder.` and `head.`, detached copies on the CPU."""
+    modules = {"encoder": encoder} | ({} if head is None else {"head": head})
+    return {
+        f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def load_weights(tensors: dict[str, Tensor], encoder: Encoder, head: LinearHead | None = None) -> None:
+    """The inverse of `weights_of`, for modules of the same architecture."""
+    for name, module in (("encoder", encoder), ("head", head)):
+        if module is not None:
+            prefix = name + "."
+            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def architecture(config: Config, image_size: int) -> dict[str, Any]:
+    """What must be equal for weights to fit."""
+    encoder = dataclasses.asdict(config.encoder)
+    # These two say how it is trained, not what it is.
+    del encoder["dropout"], encoder["shortcut_scale_shift"]
+    return {"encoder": encoder, "image_size": image_size}
+
+
+def save_model(
+    path: Path, kind: str, config: Config, tensors: dict[str, Tensor], *, image_size: int, **facts: Any
+) -> None:
+    """Writes a model file: `tensors` as of `weights_of`, with the settings and `facts` in its header."""
+    meta = {
+        "kind": kind,
+        "architecture": architecture(config, image_size),
+        "config": dataclasses.asdict(config),
+        "image_size": image_size,
+        "provenance": checkpoint.provenance(),
+        **facts,
+    }
+    checkpoint.save(path, tensors, meta)
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", kind: str | None = None) -> Model:
+    """Reads a model file.
+
+    Args:
+        path: the file, or the folder of the run that wrote it.
+        device: where to put it.
+        kind: ``pretrained`` or ``meta``; None takes either.
+
+    Raises:
+        InputError: missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    tensors, meta = checkpoint.load(path)
+    found = meta.get("kind")
+    if found not in ("pretrained", "meta"):
+        raise InputError(f"{path}: is no model file (kind {found!r}); give a run's model.safetensors")
+    if kind is not None and found != kind:
+        phase = {"pretrained": "mtl-fast pretrain", "meta": "mtl-fast meta-train"}[kind]
+        raise InputError(f"{path}: holds a {found} model where a {kind} one is needed; `{phase}` makes it")
+    config = Config.from_dict(meta["config"])
+    encoder = build_encoder(config.encoder, image_size=meta["image_size"])
+    head = None
+    if found == "meta":
+        learnable(encoder, config)
+        n_way, feature_dim = tensors["head.weight"].shape
+        head = LinearHead(feature_dim, n_way, init="zeros").to(device)
+    load_weights(tensors, encoder, head)
+    encoder.eval()
+    encoder.freeze()
+    return Model(config, encoder.to(device), head, meta["image_size"], meta, path)
+
+
+def new_head(config: Config, encoder: Encoder, streams: RandomStreams) -> LinearHead:
+    """The base-learner before meta-training."""
+    return LinearHead(
+        encoder.feature_dim,
+        config.episodes.n_way,
+        init=config.meta.head_init,
+        generator=streams.stream("initial"),
+    )

@@ -1,0 +1,136 @@
+"""One phase's folder: its settings, its checkpoint, Ctrl-C, and going on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from ..config import Config
+from ..errors import InputError
+from . import checkpoint
+
+
+class Interrupted(Exception):
+    """Ctrl-C arrived and the state is saved; the message says how to go on."""
+
+
+class Stop:
+    """Set by the first Ctrl-C; the loop looks at it between updates. The second one ends the program."""
+
+    requested = False
+
+
+@contextmanager
+def stop_on_ctrl_c() -> Iterator[Stop]:
+    """Turns the first SIGINT into a request that the loop honours after the update at hand."""
+    stop = Stop()
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not in the main thread: signals are somebody else's
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class RunFolder:
+    """The folder of one phase.
+
+    Args:
+        path: made if missing.
+        config: the phase's settings, written to ``config.json``.
+        resume: continue the run that is there; without one, begin it.
+
+    Raises:
+        InputError: the folder holds a run and `resume` is off, or the run there has other settings.
+    """
+
+    def __init__(self, path: str | Path, config: Config, *, resume: bool) -> None:
+        self.path = Path(path)
+        self.config = config
+        self.tensors: dict[str, Tensor] = {}
+        self.meta: dict[str, Any] = {}
+        occupied = [p for p in (self.checkpoint, self.model) if p.exists()]
+        if occupied and not resume:
+            raise InputError(
+                f"{self.path}: holds a run already ({occupied[0].name}); --resume continues it, or give another --output"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot make this folder ({error.strerror}); give another --output"
+            ) from None
+        if self.checkpoint.exists():
+            self.tensors, self.meta = checkpoint.load(self.checkpoint)
+            self._check_settings(self.meta.get("config", {}))
+        write_text(self.path / "config.json", config.to_json() + "\n")
+
+    @property
+    def checkpoint(self) -> Path:
+        """All that the phase needs to go on to the same bits."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """What the finished phase leaves."""
+        return self.path / "model.safetensors"
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there was a checkpoint to go on from."""
+        return bool(self.meta)
+
+    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Writes the checkpoint, atomically; the settings go with it."""
+        facts = {"kind": "checkpoint", "config": dataclasses.asdict(self.config), **meta}
+        checkpoint.save(self.checkpoint, tensors, facts | {"provenance": checkpoint.provenance()})
+
+    def section(self, name: str) -> dict[str, Tensor]:
+        """The loaded tensors under ``name.``, without the prefix."""
+        return checkpoint.part(self.tensors, name)
+
+    def interrupted(self, where: str) -> Interrupted:
+        """What to raise when Ctrl-C was honoured."""
+        return Interrupted(f"stopped {where}; saved in {self.path}; the same command with --resume goes on")
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        # Where a run runs is no part of what it computes.
+        wanted = json.loads(self.config.to_json()) | {"device": saved.get("device")}
+        difference = checkpoint.first_difference(saved, wanted)
+        if difference:
+            raise InputError(
+                f"{self.checkpoint}: the run there has other settings ({difference}); "
+                f"resume with the same ones or give another --output"
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small text file in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def prefixed(**groups: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``name.key`` → tensor for each named group of tensors."""
+    return {
+        key: value for name, group in groups.items() for key, value in checkpoint.nest(name, group).items()
+    }
