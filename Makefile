@@ -7,6 +7,7 @@ PIP_FLAGS ?=
 # One thread a worker: two workers of two threads each are slower than two of one on two cores.
 TEST_FLAGS ?= -n 2
 DEMO_FLAGS ?=
+RESULTS_FLAGS ?=
 
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -37,7 +38,7 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
 
 results: env
-	$(BIN)/mtl-fast demo --full --seeds 0 1 2 --output runs/results
+	$(BIN)/mtl-fast results $(RESULTS_FLAGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -47,6 +47,11 @@ class Interval(NamedTuple):
         return self.percent()
 
 
+def format_interval(mean: float, half: float) -> str:
+    """Fractions in percent with one digit: ``format_interval(0.739, 0.008) == "73.9 ± 0.8"``."""
+    return Interval(mean, half).percent()
+
+
 @dataclass(frozen=True)
 class SeedsDifference:
     """A difference a − b over several seeds.

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_fast.training.statistics import Interval, mean_interval, paired_difference, pooled_difference
+from mtl_fast.training.statistics import (
+    Interval,
+    format_interval,
+    mean_interval,
+    paired_difference,
+    pooled_difference,
+)
 
 
 def test_mean_interval_in_closed_form() -> None:
@@ -33,7 +39,7 @@ def test_the_interval_agrees_with_the_bootstrap() -> None:
     means = x[rng.integers(0, 600, size=(4000, 600))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     interval = mean_interval(x)
-    # With 4000 draws a bootstrap quantile has a standard error of about 2.7 % of the half-width; five of them.
+    # With 4000 draws a quantile has a standard error of about 2.7 % of the half-width; five of them.
     assert abs(interval.low - low) < 0.135 * interval.half
     assert abs(interval.high - high) < 0.135 * interval.half
 
@@ -97,7 +103,7 @@ def test_one_task_and_one_seed_claim_nothing() -> None:
     [(0.7391, 0.0081, "73.9 ± 0.8", "+73.9 ± 0.8"), (-0.0123, 0.02, "-1.2 ± 2.0", "-1.2 ± 2.0")],
 )
 def test_percent(mean: float, half: float, text: str, signed: str) -> None:
-    assert str(Interval(mean, half)) == text
+    assert str(Interval(mean, half)) == format_interval(mean, half) == text
     assert Interval(mean, half).percent(signed=True) == signed
 
 
