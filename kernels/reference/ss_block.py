@@ -24,13 +24,16 @@ def ss_block(
 ) -> BlockOutput:
     """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`."""
     statistics = []
+    if mask is not None:
+        # A masked image may hold NaN, and a weight's gradient would be 0·NaN.
+        x = x.where(mask.view(-1, 1, 1, 1), 0)
 
     def layer(z: Tensor, conv: ConvOperands, after: Epilogue, residual: Tensor | None = None) -> Tensor:
         if conv.norm is None or n_groups == 0:
             return ss_conv(z, conv, epilogue=after, residual=residual, fold=fold)
         z = ss_conv(z, conv.without_norm(), epilogue=Epilogue(), residual=None, fold=False)
         out = episode_norm(z, conv.norm, n_groups=n_groups, mask=mask, epilogue=after, residual=residual)
-        statistics.append((out.mean, out.var, out.count))
+        statistics.append((out.mean, out.var, out.n_values))
         return out.output
 
     inner = replace(epilogue, pool=False)

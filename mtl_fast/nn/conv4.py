@@ -47,6 +47,8 @@ class Conv4(Encoder):
         weights: Sequence[EffectiveWeights] | None = None,
     ) -> Embeddings:
         x, statistics = images, Statistics()
+        if mask is not None:
+            x = x.where(mask.view(-1, 1, 1, 1), 0)  # a weight's gradient would be 0·NaN
         for i, conv in enumerate(self.convs()):
             operands = conv.operands(weights[i] if weights is not None else None)
             if n_groups == 0:
@@ -57,6 +59,6 @@ class Conv4(Encoder):
             out = episode_norm(
                 z, operands.norm, n_groups=n_groups, mask=mask, epilogue=self.epilogue, backend=self.backend
             )
-            statistics.append((out.mean, out.var, out.count))
+            statistics.append((out.mean, out.var, out.n_values))
             x = out.output
         return Embeddings(x.flatten(1), statistics)

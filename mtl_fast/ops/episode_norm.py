@@ -29,19 +29,22 @@ def episode_norm(
     the biased one, computed from deviations. The stored statistics of `norm` are neither read nor changed.
 
     Args:
-        z: [N, C, H, W] floating, N = n_groups · images a group.
+        z: [N, C, H, W] floating, N = n_groups · images a group. Half types are computed in float32.
         norm: γ, β and eps.
         n_groups: 1 is ordinary batch normalisation.
-        mask: bool [N]; a False image (padding of an unequal shot) counts for nothing; a group has one True.
+        mask: bool [N]; a False image (padding of an unequal shot) counts for nothing, whatever it holds (NaN
+            too): its output is 0 and no gradient passes it. A group has at least one True.
         epilogue: what follows; by default nothing.
         residual: [N, C, H, W].
         backend: ``auto`` or a backend's name.
 
     Returns:
-        (output, mean [G, C], biased variance [G, C], count of values a channel [G]); the three without gradient.
+        (output, mean [G, C], biased variance [G, C], count of values a channel [G]); only `output`, in z's
+        dtype, has a gradient.
 
     Raises:
-        ValueError: shapes that do not fit, both named.
+        ValueError: shapes that do not fit, both named; an unknown activation.
+        TypeError: a mask that is not bool.
     """
     epilogue = epilogue or Epilogue()
     _check.images_4d("z", z)
@@ -50,9 +53,6 @@ def episode_norm(
         vector = getattr(norm, key)
         if vector is not None and tuple(vector.shape) != (z.shape[1],):
             raise ValueError(f"norm.{key}: shape {tuple(vector.shape)} does not fit images {tuple(z.shape)}")
-    if residual is not None and residual.shape != z.shape:
-        raise ValueError(
-            f"residual: shape {tuple(residual.shape)} is not that of the images, {tuple(z.shape)}"
-        )
+    _check.epilogue(epilogue, tuple(z.shape), residual)
     choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue)
     return reference.episode_norm(z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual)
