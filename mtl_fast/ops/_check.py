@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+import torch
 from torch import Tensor
 
-from ..kernels.contracts import ConvOperands, granularity
+from ..kernels.contracts import Activation, ConvOperands, Epilogue, FrozenFilters, granularity
 
 
 def images_4d(name: str, x: Tensor) -> None:
@@ -16,11 +19,14 @@ def images_4d(name: str, x: Tensor) -> None:
 def operands(name: str, conv: ConvOperands) -> None:
     """Weight, bias, scale, shift and norm of one convolution fit each other."""
     weight = conv.filters.weight
-    if weight.dim() != 4:
+    if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"{name}.filters.weight: expected [O, I/groups, k, k], got {tuple(weight.shape)}")
     n_out = weight.shape[0]
     if conv.scale is not None:
-        granularity(conv.scale, weight)
+        try:
+            granularity(conv.scale, weight)
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
     vectors = {"filters.bias": conv.filters.bias, "shift": conv.shift}
     if conv.norm is not None:
         vectors |= {f"norm.{key}": getattr(conv.norm, key) for key in ("mean", "var", "weight", "bias")}
@@ -39,14 +45,39 @@ def operands(name: str, conv: ConvOperands) -> None:
             )
 
 
-def channels(name: str, x: Tensor, conv: ConvOperands) -> None:
-    """The images have the convolution's input channels."""
+def channels(name: str, x: tuple[int, ...], conv: ConvOperands) -> None:
+    """Images of shape `x` have the convolution's input channels."""
     expected = conv.filters.weight.shape[1] * conv.filters.groups
-    if x.shape[1] != expected:
+    if x[1] != expected:
         raise ValueError(
-            f"{name}: images {tuple(x.shape)} have {x.shape[1]} channels, weight "
+            f"{name}: images {tuple(x)} have {x[1]} channels, weight "
             f"{tuple(conv.filters.weight.shape)} with groups={conv.filters.groups} takes {expected}"
         )
+
+
+def output_shape(x: tuple[int, ...], filters: FrozenFilters) -> tuple[int, int, int, int]:
+    """Shape of conv2d's output for images of shape `x`."""
+    stride, padding, dilation = (
+        (value, value) if isinstance(value, int) else value
+        for value in (filters.stride, filters.padding, filters.dilation)
+    )
+    n_out, _, *taps = filters.weight.shape
+    height, width = (
+        (x[2 + i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )
+    return x[0], n_out, height, width
+
+
+def epilogue(after: Epilogue, shape: tuple[int, ...], residual: Tensor | None = None) -> None:
+    """What follows fits convolved images of this shape."""
+    if after.activation not in get_args(Activation):
+        raise ValueError(
+            f"epilogue.activation: {after.activation!r} is not one of {', '.join(get_args(Activation))}"
+        )
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"residual: shape {tuple(residual.shape)} is not that of the images, {shape}")
+    if after.pool and min(shape[2:]) < 2:
+        raise ValueError(f"epilogue.pool: a 2×2 window does not fit images {shape}")
 
 
 def stored_norm(name: str, conv: ConvOperands) -> None:
@@ -57,7 +88,11 @@ def stored_norm(name: str, conv: ConvOperands) -> None:
 
 def groups(n_images: int, n_groups: int, mask: Tensor | None) -> None:
     """Images divide into groups of one size; a mask has one entry an image."""
-    if n_groups < 1 or n_images % n_groups:
+    if n_groups < 1 or n_images < n_groups or n_images % n_groups:
         raise ValueError(f"n_groups: {n_images} images do not divide into {n_groups} groups of one size")
-    if mask is not None and tuple(mask.shape) != (n_images,):
+    if mask is None:
+        return
+    if tuple(mask.shape) != (n_images,):
         raise ValueError(f"mask: shape {tuple(mask.shape)}, expected one entry an image, ({n_images},)")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, got {mask.dtype}")

@@ -35,7 +35,7 @@ def ss_block(
         shortcut: the 1×1 convolution (with its norm, if any) on the residual path; None is the identity.
         epilogue: activation and pooling of the block's end.
         n_groups: 0 uses the norms' stored statistics; g ≥ 1 those of g groups of images (`episode_norm`).
-        mask: bool [N], images that count in the statistics; only with n_groups ≥ 1.
+        mask: bool [N], images that count, as in `episode_norm`; only with n_groups ≥ 1.
         fold: as in `ss_conv`; stored statistics only.
         backend: ``auto`` or a backend's name.
 
@@ -44,20 +44,32 @@ def ss_block(
         normalised convolution, the shortcut's first; empty with stored statistics.
 
     Raises:
-        ValueError: shapes that do not fit, both named.
+        ValueError: shapes that do not fit, both named; an unknown activation.
+        TypeError: a mask that is not bool.
     """
     _check.images_4d("x", x)
     named = [(f"convs[{i}]", conv) for i, conv in enumerate(convs)]
     if shortcut is not None:
         named.append(("shortcut", shortcut))
-        _check.channels("x", x, shortcut)
     if not convs:
         raise ValueError("convs: a block needs at least one convolution")
-    _check.channels("x", x, convs[0])
     for name, conv in named:
         _check.operands(name, conv)
         if n_groups == 0:
             _check.stored_norm(name, conv)
+    shape: tuple[int, ...] = tuple(x.shape)
+    for name, conv in named[: len(convs)]:
+        _check.channels(name, shape, conv)
+        shape = _check.output_shape(shape, conv.filters)
+    residual_shape: tuple[int, ...] = tuple(x.shape)
+    if shortcut is not None:
+        _check.channels("shortcut", x.shape, shortcut)
+        residual_shape = _check.output_shape(x.shape, shortcut.filters)
+    if residual_shape != shape:
+        raise ValueError(
+            f"shortcut: its images {residual_shape} are not of the shape of the last convolution's, {shape}"
+        )
+    _check.epilogue(epilogue, shape)
     if n_groups:
         _check.groups(x.shape[0], n_groups, mask)
     elif mask is not None:

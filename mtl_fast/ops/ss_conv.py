@@ -45,12 +45,13 @@ def ss_conv(
         [N, O, H', W'], halved by pooling; x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, both named.
+        ValueError: shapes that do not fit, both named; an unknown activation.
     """
     epilogue = epilogue or Epilogue()
     _check.images_4d("x", x)
     _check.operands("conv", conv)
-    _check.channels("x", x, conv)
+    _check.channels("x", x.shape, conv)
     _check.stored_norm("conv", conv)
+    _check.epilogue(epilogue, _check.output_shape(x.shape, conv.filters), residual)
     choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual)
     return reference.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
