@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,4 +42,6 @@ def effective_weights(
         if fold:
             _check.stored_norm(f"convs[{i}]", conv)
     choose("effective_weights", backend, convs=convs)
-    return tuple(reference.effective_weights(conv, fold=fold) for conv in convs)
+    results = (reference.effective_weights(conv, fold=fold) for conv in convs)
+    # Without scale or norm a result is the frozen weight itself, which may be a parameter.
+    return tuple(replace(e, weight=e.weight.detach(), shift=e.shift.detach()) for e in results)
