@@ -86,8 +86,13 @@ class Encoder(nn.Module):
     def enable_scale_shift(
         self, granularity: Granularity = "kernel", *, last_block_only: bool = False
     ) -> None:
-        """Freezes Θ and starts Φ as the identity, on every convolution or on the last block's only."""
+        """Freezes Θ and starts Φ as the identity, on every convolution or on the last block's only.
+
+        A Φ that was there before is dropped.
+        """
         self.freeze()
+        for conv in self.convs():
+            conv.scale = conv.shift = None
         for conv in self.convs(self.blocks()[-1] if last_block_only else None):
             if self.takes_scale_shift(conv):
                 conv.enable_scale_shift(granularity)

@@ -120,12 +120,14 @@ class ScaleShiftConv2d(nn.Module):
 
     @property
     def filters(self) -> FrozenFilters:
-        """The weight as the operations take it; built once, and anew after a load or a move."""
-        if self._filters is None:
-            self._filters = FrozenFilters(
+        """The weight as the operations take it; built once, anew after a load, a move or a replacement."""
+        kept = self._filters
+        # Parameters can also be replaced: by assignment, or for one call by torch.func.functional_call.
+        if kept is None or kept.weight is not self.weight or kept.bias is not self.bias:
+            kept = self._filters = FrozenFilters(
                 self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )
-        return self._filters
+        return kept
 
     def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:
         """All tensors of this layer, for `ss_conv`, `ss_block` and `effective_weights`."""
