@@ -68,7 +68,14 @@ def evaluate(
         tasks_per_batch: heads fitted together.
         images_per_chunk: images embedded together.
         backend: of the base-learner.
+
+    Raises:
+        ValueError: the encoder is in training mode and has dropout.
     """
+    if encoder.training and encoder.dropout:
+        raise ValueError(
+            f"encoder: is in training mode, with dropout {encoder.dropout}; call encoder.eval() first"
+        )
     per_task = norm == "episode"
     if per_task:
         n_images = episodes.support.shape[1] + episodes.query.shape[1]

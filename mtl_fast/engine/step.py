@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -53,6 +54,22 @@ def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
     return correct.view(len(labels), n_way, -1).mean(dim=-1)
 
 
+def _warn_of_what_cancels(encoder: Encoder, norm: NormMode) -> None:
+    """Says which part of Φ batch statistics take out again."""
+    normed = [conv for conv in encoder.convs() if conv.norm is not None and conv.shift is not None]
+    if not normed:
+        return
+    filters = any(c.scale is not None and c.scale.shape[1] == 1 < c.weight.shape[1] for c in normed)
+    warnings.warn(
+        f"norm {norm!r}: batch statistics follow {len(normed)} of the convolutions with scale and shift; "
+        "there the shift has no effect on the training loss"
+        + (", nor has the size of a filter's scale (only its sign)" if filters else "")
+        + "; norm 'frozen' keeps them effective",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
 @dataclass
 class EpisodicEngine:
     """Runs episodes through encoder and base-learner and accumulates the meta-gradients.
@@ -87,6 +104,8 @@ class EpisodicEngine:
             raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
         if self.order not in ("first", "second"):
             raise ValueError(f"order: {self.order!r} is neither first nor second")
+        if self.norm != "frozen":
+            _warn_of_what_cancels(self.encoder, self.norm)
 
     def step(self, episodes: Episodes) -> StepOutput:
         """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back."""
