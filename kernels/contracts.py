@@ -57,7 +57,7 @@ class Epilogue:
     """What follows the normalised convolution: [act] → + residual → [act] → 2×2 max-pool.
 
     Attributes:
-        activation: ``none``; ``before_residual`` (the TensorFlow form of MTL: on the convolution's own output);
+        activation: ``none``; ``before_residual`` (MTL's TensorFlow form: on the convolution's own output);
             ``after_residual`` (the common form; also the plain case without a residual).
         slope: of the leaky ReLU for negative inputs; 0 is the ReLU.
         pool: 2×2 max-pooling with stride 2 at the end; odd last rows and columns are dropped.
@@ -107,12 +107,12 @@ class ConvOperands:
 
 
 class Normalised(NamedTuple):
-    """Output of `episode_norm`: images, and each group's mean and biased variance [G, C] with their count [G]."""
+    """Output of `episode_norm`: images; each group's mean and biased variance [G, C]; values a channel [G]."""
 
     output: Tensor
     mean: Tensor
     var: Tensor
-    count: Tensor
+    n_values: Tensor
 
 
 class BlockOutput(NamedTuple):

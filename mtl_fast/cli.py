@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -27,7 +27,7 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole way on the embedded characters: pre-train, meta-train plain and with hard tasks, test, picture."""
+    """The whole way on the embedded characters: pre-train, meta-train without and with HT, test, picture."""
 
     output: Path = Path("runs/demo")
     """Folder for report, pictures, settings and checkpoints."""
@@ -48,7 +48,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Results:
-    """The demo over several seeds, with fine-tuning and a range of meta learning rates: the README's numbers."""
+    """The demo over several seeds, with fine-tuning and a range of meta learning rates."""
 
     output: Path = Path("runs/results")
     """Folder of the runs; finished ones are kept, so the command can be given again."""
@@ -155,7 +155,7 @@ class Evaluate:
     """Steps of the inner loop; by default the model's."""
     inner_lr: float | None = None
     """Its step size; by default the model's."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     """Seed of the test tasks."""
     device: str = "auto"
@@ -194,7 +194,7 @@ def _preset_of(arguments: Sequence[str]) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 2 for wrong input (one line says what), 130 for Ctrl-C."""
+    """Runs one command; returns its exit status: 2 for wrong input (one line says what), 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         defaults = commands(_preset_of(arguments))
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Recipes for --preset: {', '.join(PRESETS)}."
         )
         command = tyro.cli(
-            Annotated[kind, tyro.conf.OmitSubcommandPrefixes],  # type: ignore[valid-type]
+            kind,
             prog="mtl-fast",
             description=description,
             args=arguments,

@@ -1,6 +1,16 @@
 """A batch of episodes → losses, class accuracies and gradients; no optimiser, no files, no per-task loop."""
 
-from .evaluate import Evaluation, embed_rows, evaluate
+from .evaluate import EmbeddedEpisodes, Evaluation, embed_episodes, embed_rows, evaluate, fit_and_score
 from .step import EpisodicEngine, Preprocess, StepOutput
 
-__all__ = ["EpisodicEngine", "Evaluation", "Preprocess", "StepOutput", "embed_rows", "evaluate"]
+__all__ = [
+    "EmbeddedEpisodes",
+    "EpisodicEngine",
+    "Evaluation",
+    "Preprocess",
+    "StepOutput",
+    "embed_episodes",
+    "embed_rows",
+    "evaluate",
+    "fit_and_score",
+]

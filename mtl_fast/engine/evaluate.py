@@ -38,6 +38,49 @@ def embed_rows(
     )
 
 
+class EmbeddedEpisodes(NamedTuple):
+    """Features of the distinct images of some episodes, and where each episode finds its own."""
+
+    episodes: Episodes
+    features: Tensor  # [distinct images, D]
+    support: Tensor  # [T, n_way·n_shot], rows of `features`
+    query: Tensor  # [T, n_way·n_query]
+
+
+def embed_episodes(
+    encoder: Encoder,
+    store: ImageStore,
+    episodes: Episodes,
+    preprocess: Preprocess,
+    *,
+    images_per_chunk: int = 256,
+) -> EmbeddedEpisodes:
+    """Embeds each distinct image of the episodes once, with the stored statistics."""
+    sizes = [episodes.support.shape[1], episodes.query.shape[1]]
+    rows, place = torch.cat([episodes.support, episodes.query], dim=1).unique(return_inverse=True)
+    features = embed_rows(encoder, store, rows, preprocess, images_per_chunk=images_per_chunk)
+    return EmbeddedEpisodes(episodes, features, *place.split(sizes, dim=1))
+
+
+@torch.no_grad()
+def fit_and_score(
+    embedded: EmbeddedEpisodes,
+    head: LinearHead,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    tasks_per_batch: int = 100,
+    backend: str = "auto",
+) -> Evaluation:
+    """Fits θ on each episode's support features, many tasks at a time, and scores its query features."""
+    parts = []
+    for start, part in enumerate(embedded.episodes.chunks(tasks_per_batch)):
+        tasks = slice(start * tasks_per_batch, (start + 1) * tasks_per_batch)
+        support, query = (embedded.features[place[tasks]] for place in (embedded.support, embedded.query))
+        parts.append(_score(part, support, query, head, inner_lr, inner_steps, backend))
+    return _joined(parts)
+
+
 @torch.no_grad()
 def evaluate(
     encoder: Encoder,
@@ -66,53 +109,57 @@ def evaluate(
         inner_lr, inner_steps: of the base-learner at test time.
         norm: as in training.
         tasks_per_batch: heads fitted together.
-        images_per_chunk: images embedded together.
+        images_per_chunk: images embedded together (`episode`: as many whole tasks as fit, at least one).
         backend: of the base-learner.
-
-    Raises:
-        ValueError: the encoder is in training mode and has dropout.
     """
-    if encoder.training and encoder.dropout:
-        raise ValueError(
-            f"encoder: is in training mode, with dropout {encoder.dropout}; call encoder.eval() first"
-        )
-    per_task = norm == "episode"
-    if per_task:
-        n_images = episodes.support.shape[1] + episodes.query.shape[1]
-        tasks_per_batch = max(1, images_per_chunk // n_images)
-    else:
-        both = torch.cat([episodes.support, episodes.query], dim=1)
-        rows, position = both.unique(return_inverse=True)
-        features = embed_rows(encoder, store, rows, preprocess, images_per_chunk=images_per_chunk)
-        place = position.split([episodes.support.shape[1], episodes.query.shape[1]], dim=1)
-    accuracies, predictions = [], []
-    weights = encoder.refresh(fold=False) if per_task else None
-    for start, part in zip(
-        range(0, episodes.n_tasks, tasks_per_batch), episodes.chunks(tasks_per_batch), strict=True
-    ):
-        if per_task:
-            support, query = (
-                encoder.embed(
-                    preprocess(store, split.flatten(), head.weight.dtype),
-                    n_groups=part.n_tasks,
-                    weights=weights,
-                ).features.unflatten(0, split.shape)
-                for split in (part.support, part.query)
-            )
-        else:
-            support, query = (features[p[start : start + tasks_per_batch]] for p in place)
-        logits = base_learner(
-            support,
-            part.support_labels,
-            query,
-            head.weight,
-            head.bias,
+    if norm != "episode":
+        embedded = embed_episodes(encoder, store, episodes, preprocess, images_per_chunk=images_per_chunk)
+        return fit_and_score(
+            embedded,
+            head,
             inner_lr=inner_lr,
-            n_steps=inner_steps,
-            order="first",
+            inner_steps=inner_steps,
+            tasks_per_batch=tasks_per_batch,
             backend=backend,
         )
-        accuracies.append(class_accuracy(logits, part.query_labels, part.n_way))
-        predictions.append(logits.argmax(dim=-1))
-    by_class = torch.cat(accuracies)
-    return Evaluation(by_class.mean(dim=1), by_class, torch.cat(predictions))
+    weights = encoder.refresh(fold=False)
+    n_images = episodes.support.shape[1] + episodes.query.shape[1]
+    parts = []
+    for part in episodes.chunks(max(1, images_per_chunk // n_images)):
+        support, query = (
+            encoder.embed(
+                preprocess(store, rows.flatten(), head.weight.dtype), n_groups=part.n_tasks, weights=weights
+            ).features.unflatten(0, rows.shape)
+            for rows in (part.support, part.query)
+        )
+        parts.append(_score(part, support, query, head, inner_lr, inner_steps, backend))
+    return _joined(parts)
+
+
+def _score(
+    part: Episodes,
+    support: Tensor,
+    query: Tensor,
+    head: LinearHead,
+    inner_lr: float,
+    inner_steps: int,
+    backend: str,
+) -> Evaluation:
+    """[T, n, D] support and [T, m, D] query features → the tasks' accuracies and predictions."""
+    logits = base_learner(
+        support,
+        part.support_labels,
+        query,
+        head.weight,
+        head.bias,
+        inner_lr=inner_lr,
+        n_steps=inner_steps,
+        order="first",
+        backend=backend,
+    )
+    by_class = class_accuracy(logits, part.query_labels, part.n_way)
+    return Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
+
+
+def _joined(parts: list[Evaluation]) -> Evaluation:
+    return Evaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -70,7 +70,7 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
         if not can:
             raise RuntimeError(f"{op}: {source}{requested!r} cannot run this call: {reason}")
         return Choice(requested, f"asked for by {source}{requested}")
-    refusals = []
+    refusals: list[str] = []
     for name, predicate in candidates.items():
         can, reason = predicate(**facts)
         if can:

@@ -1,4 +1,4 @@
-"""Augmentation of pre-training batches: a moved or resized crop, mirroring, colour jitter; all images at once."""
+"""Augmentation of pre-training batches: crop, mirroring, colour jitter; all images at once."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ def augmented(
         x = resized_crop(x, generator)
     if config.jitter:
         x = colour_jitter(x, config.jitter, generator)
-    mean, std = (
-        torch.tensor(v, device=device).view(3, 1, 1) / 255 for v in (preprocess.mean, preprocess.std)
+    centre, spread = (
+        torch.tensor(values, device=device).view(3, 1, 1) / 255
+        for values in (preprocess.mean, preprocess.std)
     )
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return ((x - centre) / spread).contiguous(memory_format=torch.channels_last)
 
 
 def resized_crop(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The test of a model file: mean accuracy and 95 % interval over n tasks, and each task's accuracy for paired tests."""
+"""The test of a model file: mean accuracy and 95 % interval, and each task's accuracy for paired tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of the paper on one data set: pre-train once, meta-train each row, test all on the same tasks."""
+"""The paper's comparison on one data set: pre-train once, meta-train each row, test all on the same tasks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 from ..config import Config, InnerConfig
 from ..data import load_split
 from ..data.store import ImageStore
-from ..engine.evaluate import Evaluation
+from ..engine.evaluate import Evaluation, embed_episodes, fit_and_score
 from ..episodes import Episodes
+from ..nn import LinearHead
 from .evaluate import Score, drawn_episodes, score
 from .meta_train import MetaTraining
-from .models import Model, device_of, load_model
+from .models import Model, device_of, load_model, preprocess_of
 from .pretrain import Pretraining, validation_episodes
 
 
@@ -87,11 +88,14 @@ class Experiment:
         config = self.with_shot(n_shot)
         store = self.stores["val"]
         episodes = validation_episodes(config, store, config.meta.validation_tasks)
-        tried = [replace(config.inner, lr=lr, test_steps=steps) for lr, steps in INNER_GRID]
-        scores = [
-            score(model, replace(config, inner=inner), store, episodes)[0].interval.mean for inner in tried
+        embedded = embed_episodes(model.encoder, store, episodes, preprocess_of(config))
+        head = LinearHead(model.encoder.feature_dim, config.episodes.n_way, init="zeros").to(self.device)
+        accuracies = [
+            float(fit_and_score(embedded, head, inner_lr=lr, inner_steps=steps).accuracy.mean())
+            for lr, steps in INNER_GRID
         ]
-        return tried[scores.index(max(scores))]
+        lr, steps = INNER_GRID[accuracies.index(max(accuracies))]
+        return replace(config.inner, lr=lr, test_steps=steps)
 
     def test(
         self, model: Model, n_shot: int, inner: InnerConfig | None = None

@@ -1,4 +1,4 @@
-"""Meta-training, algorithms 1 and 2 of MTL (arXiv 1812.02391): random tasks, then hard tasks of the failed classes."""
+"""Meta-training, algorithms 1 and 2 of MTL (arXiv 1812.02391): random tasks, then hard tasks."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -
 
 @torch.no_grad()
 def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step that leaves parameters and state as they were where `finite` is False; nothing is read back."""
+    """A step that leaves parameters and state as they were if `finite` is False; nothing is read back."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     before = [
         (tensor, tensor.clone())

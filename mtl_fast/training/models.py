@@ -41,7 +41,7 @@ def build_encoder(
         )
     for conv in encoder.convs():
         conv.reset_parameters(generator)
-    return encoder.to(memory_format=torch.channels_last)
+    return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks it
 
 
 def learnable(encoder: Encoder, config: Config) -> list[torch.nn.Parameter]:

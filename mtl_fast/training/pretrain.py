@@ -1,4 +1,4 @@
-"""Pre-training: the encoder and a throw-away classifier on all training classes; best epoch by validation episodes."""
+"""Pre-training: encoder and a throw-away classifier on all training classes; the best epoch is kept."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class Pretraining:
         self.order = torch.empty(0, dtype=torch.int64)
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images since the last log row
         self.best: dict[str, Tensor] = {}
-        self.best_accuracy, self.best_epoch, self.curve = -1.0, 0, []
+        self.best_accuracy, self.best_epoch = -1.0, 0
+        self.curve: list[list[float]] = []
         self.folder = RunFolder(output, config, resume=resume)
         if self.folder.resumed:
             self._restore()
@@ -149,7 +150,7 @@ class Pretraining:
         log.row(self.update, **row)
 
     def _validate(self) -> float:
-        """Accuracy of a fresh head on the validation episodes: what the features are worth without meta-training."""
+        """Accuracy of a fresh head on the validation episodes: what the features alone are worth."""
         self.encoder.eval()
         head = LinearHead(self.encoder.feature_dim, self.config.episodes.n_way, init="zeros").to(self.device)
         inner = self.config.inner
