@@ -1,4 +1,7 @@
-"""Glyphs, the embedded benchmark: images of written characters, split by script. See DATASHEET.md beside this file."""
+"""Glyphs, the embedded benchmark: images of written characters, split by script.
+
+DATASHEET.md beside this file says what it is made of and what it is good for.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 class Drawings(NamedTuple):
-    """What the package ships: C classes of F drawings each, class after class, each drawing from another face."""
+    """What the package ships: C classes of F drawings each, a class's drawings all from different faces."""
 
     masks: NDArray[np.uint8]  # [C, F, 32, 32], opacity 0..15
     faces: NDArray[np.uint16]  # [C, F], rows of faces.csv

@@ -1,6 +1,6 @@
 """Glyphs: from drawings to colour images, in integer arithmetic alone, so every machine makes the same bits.
 
-Every random choice is a hash of (seed, image number, slot), so an image does not depend on which others are rendered.
+Every random choice is a hash of (seed, image number, slot), so chunks can be rendered in any order.
 Lengths are half pixels from the image's centre, opacities 0..128, colours int16; no value leaves its type.
 """
 
@@ -53,12 +53,13 @@ class Difficulty:
 
 DIFFICULTIES = {
     "soft": Difficulty(
-        inverse_size=(284, 360), aspect=24, slant=60, turn=26, shift=5, contrast=(110, 190), chroma=70, gradient=24,
-        texture=16, noise=12, blobs=1, fragments=0, strokes=1, arcs=1, cuts=0, clutter=(-96, 96),
+        inverse_size=(284, 360), aspect=24, slant=60, turn=26, shift=5, contrast=(110, 190), chroma=70,
+        gradient=24, texture=16, noise=12, blobs=1, fragments=0, strokes=1, arcs=1, cuts=0, clutter=(-96, 96),
     ),
     "mid": Difficulty(
-        inverse_size=(284, 420), aspect=36, slant=84, turn=40, shift=8, contrast=(90, 180), chroma=90, gradient=32,
-        texture=28, noise=24, blobs=1, fragments=2, strokes=1, arcs=1, cuts=1, clutter=(-128, 144),
+        inverse_size=(284, 420), aspect=36, slant=84, turn=40, shift=8, contrast=(90, 180), chroma=90,
+        gradient=32, texture=28, noise=24, blobs=1, fragments=2, strokes=1, arcs=1, cuts=1,
+        clutter=(-128, 144),
     ),
 }  # fmt: skip
 
@@ -74,7 +75,7 @@ def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 class _Dice:
-    """The random numbers of a chunk of images: one independent draw an image and slot, slots taken in order."""
+    """The random numbers of a chunk of images: an independent one for each image and slot, slots in order."""
 
     def __init__(self, seed: int, image_ids: NDArray[np.uint32]) -> None:
         key = _mix(np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))
@@ -104,17 +105,20 @@ class _Dice:
 
 
 def _neighbours(masks: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """[N, 32, 32] masks of 0..15 -> [N * 36 * 36]: each pixel with its right, lower and lower right one, 4 bits each."""
+    """[N, 32, 32] masks of 0..15 -> [N * 36 * 36]: four neighbouring pixels in one number, so one look-up.
+
+    From the low bits: the pixel, its right one, its lower one, the one below that right one; 4 bits each.
+    """
     wide = np.zeros((len(masks), _PADDED + 1, _PADDED + 1), dtype=np.uint16)
     wide[:, _BORDER : _BORDER + SIZE, _BORDER : _BORDER + SIZE] = masks
     corner = wide[:, :-1, :-1] | wide[:, :-1, 1:] << 4 | wide[:, 1:, :-1] << 8 | wide[:, 1:, 1:] << 12
-    return corner.reshape(-1)
+    return corner.astype(np.uint16).reshape(-1)
 
 
 def _drawing(
     table: NDArray[np.uint16], rows: NDArray[np.int64], dice: _Dice, level: Difficulty, x: NDArray, y: NDArray
 ) -> NDArray[np.int16]:
-    """Opacity [images, 32, 32] of the drawings `rows`, centred at half pixels (x, y), with random size and slant."""
+    """Opacity [images, 32, 32] of the drawings `rows`, centred at (x, y), of random size, slant and turn."""
     size = dice.plane(*level.inverse_size)
     tall = size * (256 + dice.plane(-level.aspect, level.aspect)) >> 8
     turn = dice.plane(-level.turn, level.turn)
@@ -183,9 +187,9 @@ def _colour(dice: _Dice, luminance: NDArray[np.int32], chroma: int) -> NDArray[n
 
 def _smooth(dice: _Dice, amplitude: int) -> NDArray[np.int16]:
     """A smooth field [images, 32, 32] of -amplitude..amplitude, linear between 5 x 5 points."""
-    points = dice.between(-amplitude, amplitude, 5, 5)
+    points = dice.between(-amplitude, amplitude, 5, 5).astype(np.int64)
     cell, step = np.arange(SIZE) // 8, np.arange(SIZE) % 8
-    rows = points[:, cell] * (8 - step)[:, None] + points[:, cell + 1] * step[:, None]
+    rows: NDArray[np.int64] = points[:, cell] * (8 - step)[:, None] + points[:, cell + 1] * step[:, None]
     return (rows[:, :, cell] * (8 - step) + rows[:, :, cell + 1] * step >> 6).astype(np.int16)
 
 
@@ -244,9 +248,14 @@ def render(
 ) -> NDArray[np.uint8]:
     """Images of a split's drawings.
 
-    masks: uint8 [N, 32, 32] of 0..15, class after class, `per_class` each; image_ids: uint32 [N], numbers of the
-    images in the whole set; difficulty: a key of DIFFICULTIES; seed: 0 .. 2^64 - 1.
-    Returns uint8 [N, 32, 32, 3] RGB. Distractor fragments come from the other classes of `masks`.
+    Args:
+        masks: uint8 [N, 32, 32] of 0..15, class after class, `per_class` each.
+        image_ids: uint32 [N], numbers of the images in the whole set.
+        difficulty: a key of DIFFICULTIES.
+        seed: 0 .. 2^64 - 1.
+
+    Returns:
+        uint8 [N, 32, 32, 3] RGB. Distractor fragments come from the other classes of `masks`.
     """
     level = DIFFICULTIES[difficulty]
     table = _neighbours(masks)
