@@ -45,7 +45,11 @@ def _by_batch_norm(z: Tensor, norm: ChannelNorm, n_groups: int) -> Normalised:
     """The same by PyTorch's fused kernel, with G·C channels: group g's channel c is channel g·C + c."""
     n, channels, height, width = z.shape
     size = n // n_groups * height * width
-    weight, bias = (None if v is None else v.repeat(n_groups) for v in (norm.weight, norm.bias))
+    weight, bias = norm.weight, norm.bias
+    if weight is None and bias is not None:
+        # Its second derivative forgets β where there is no γ.
+        weight = torch.ones_like(bias)
+    weight, bias = (None if v is None else v.repeat(n_groups) for v in (weight, bias))
     if n_groups > 1:
         # [N, C, H, W] → [N/G, G·C, H, W], both channels-last
         z = z.permute(0, 2, 3, 1).unflatten(0, (n_groups, -1)).permute(1, 2, 3, 0, 4)
