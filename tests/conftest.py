@@ -1,8 +1,6 @@
-"""What every test starts from: few threads, uninitialised memory full of NaN, a small store."""
+"""What every test starts from: one thread, uninitialised memory full of NaN, a small store."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -11,8 +9,8 @@ from mtl_fast.data.store import ImageStore
 
 
 def pytest_configure() -> None:
-    # Two cores in all: a worker of several has one.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    # Tests are small: on a busy machine threads cost more in waiting for each other than they save.
+    torch.set_num_threads(1)
     # In deterministic mode torch.empty is filled with NaN (the largest number, for integers).
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
