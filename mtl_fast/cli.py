@@ -56,13 +56,15 @@ class Results:
     """Folder for the summary: results.json, the table and the pictures."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One whole experiment a seed."""
+    workers: int = 0
+    """Runs at a time, one thread each; 0: one a core."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, …"""
 
     def run(self) -> None:
         from .training.results import results
 
-        results(self.output, self.publish, seeds=self.seeds, device=self.device)
+        results(self.output, self.publish, seeds=self.seeds, workers=self.workers, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mtl-fast: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mtl-fast: interrupted", file=sys.stderr)
+        print(
+            "mtl-fast: interrupted; what was saved is kept, and --resume goes on from there", file=sys.stderr
+        )
         return 130
     return 0
 

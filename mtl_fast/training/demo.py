@@ -16,8 +16,7 @@ from .checkpoint import provenance
 from .evaluate import Score, save_score
 from .experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
 from .logging import duration
-from .models import Model
-from .run import write_text
+from .run import check_settings, make_folder, read_settings, write_text
 from .statistics import paired_difference
 
 SHOTS = (1, 5)
@@ -48,12 +47,14 @@ def demo(
         raise InputError(
             f"{output}: holds a demo already; --resume goes on with it, or give another --output"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
+    if (output / "config.json").exists():
+        check_settings(output / "config.json", read_settings(output / "config.json"), config)
     write_text(output / "config.json", config.to_json() + "\n")
     start = time.monotonic()
     experiment = Experiment(config, output)
     scores: dict[tuple[str, int], Score] = {}
-    models: dict[tuple[str, int], Model] = {}
+    curves: dict[tuple[str, int], list[list[float]]] = {}
     shown: tuple[Evaluation, Episodes] | None = None
     pretrained = experiment.pretrain()
     for n_shot in SHOTS:
@@ -61,12 +62,12 @@ def demo(
             inner = experiment.choose_inner(pretrained, n_shot) if row is UPDATE_HEAD else None
             model = pretrained if row is UPDATE_HEAD else experiment.meta_train(row, n_shot)
             result, evaluation, episodes = experiment.test(model, n_shot, inner)
-            scores[row.key, n_shot], models[row.key, n_shot] = result, model
+            scores[row.key, n_shot], curves[row.key, n_shot] = result, model.meta["curve"]
             save_score(output / "test" / f"{row.key}-{n_shot}shot", result, row.label)
             if row is SS_HT and n_shot == 1:
                 shown = evaluation, episodes
     assert shown is not None
-    draw_curves(output / "curves.png", models)
+    draw_curves(output / "curves.png", curves)
     draw_episode(output / "episode.png", experiment, *shown)
     text = comparison(scores)
     seconds = time.monotonic() - start
@@ -94,12 +95,17 @@ def comparison(scores: Scores) -> str:
     )
 
 
-def draw_curves(path: Path, models: Mapping[tuple[str, int], Model]) -> None:
-    """Validation accuracy against tasks seen, plain and with hard tasks."""
+def draw_curves(path: Path, curves: Mapping[tuple[str, int], list[list[float]]]) -> None:
+    """Validation accuracy against tasks seen, plain and with hard tasks.
+
+    Args:
+        path: the PNG.
+        curves: (row key, n_shot) → points of tasks, mean, half-width.
+    """
     panels: dict[str, dict[str, report.Curve]] = {}
     for n_shot in SHOTS:
         for row in (SS, SS_HT):
-            tasks, accuracy, interval = zip(*models[row.key, n_shot].meta["curve"], strict=True)
+            tasks, accuracy, interval = zip(*curves[row.key, n_shot], strict=True)
             panels.setdefault(f"{n_shot}-shot", {})[row.label] = report.Curve(tasks, accuracy, interval)
     report.convergence_figure(path, panels)
 
@@ -118,7 +124,7 @@ def draw_episode(path: Path, experiment: Experiment, evaluation: Evaluation, epi
         episodes.query_labels[typical].cpu(),
         evaluation.predictions[typical].cpu(),
         [store.class_names[int(c)] for c in episodes.classes[typical]],
-        title=f"{SS_HT.label}: a test task of typical accuracy, {100 * float(evaluation.accuracy[typical]):.0f} %",
+        title=f"{SS_HT.label}, a typical test task",
     )
 
 

@@ -2,108 +2,196 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from ..config import Config, preset
 from . import report
 from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
-from .evaluate import Score, save_score
+from .evaluate import save_score
 from .experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment, Row
-from .models import Model
 from .run import write_text
-from .statistics import SeedsDifference, mean_interval, pooled_difference
+from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
 
 SHOTS = (1, 5)
-# A decade and a half around each method's usual rate; the rate is of what the row learns (head: its own start).
+# Every method over the same rates; the rate is of what the row learns (FT θ: of the head's start).
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ROWS = (FT_HEAD, FT_ALL, SS, SS_HT)
 COMPARED = ((SS, UPDATE_HEAD), (SS, FT_HEAD), (SS, FT_ALL), (SS_HT, SS))
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of one seed: a row of the table at one task shape and rate ("update θ" has no rate)."""
+
+    config: Config
+    folder: str
+    row: Row
+    n_shot: int
+    rate: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job gave: each test task's accuracy, the best validation accuracy, its curve, the inner loop."""
+
+    task_accuracy: list[float]
+    validation: float
+    curve: list[list[float]]
+    inner: tuple[float, int]
+
+
 @dataclass
 class Cell:
-    """One method at one rate and task shape, over the seeds."""
+    """One method at one task shape and rate, over the seeds."""
 
     row: Row
     n_shot: int
     rate: float | None
-    scores: list[Score]
-    models: list[Model]
+    outcomes: list[Outcome] = field(default_factory=list)
 
     @property
     def validation(self) -> float:
         """Mean over seeds of the best validation accuracy: what the rate is chosen by."""
-        return sum(model.meta["validation_accuracy"] for model in self.models) / len(self.models)
+        return sum(outcome.validation for outcome in self.outcomes) / len(self.outcomes)
 
-    def accuracies(self) -> list[Any]:
+    def accuracies(self) -> list[list[float]]:
         """Each seed's accuracies of single test tasks."""
-        return [score.task_accuracy for score in self.scores]
+        return [outcome.task_accuracy for outcome in self.outcomes]
 
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> Interval:
         """Mean and 95 % interval over all seeds' tasks."""
-        values = [value for seed in self.accuracies() for value in seed.tolist()]
-        return mean_interval(values)
+        return mean_interval(list(itertools.chain(*self.accuracies())))
 
 
 def results(
-    output: str | Path, publish: str | Path, *, seeds: Sequence[int] = (0, 1, 2), device: str = "auto"
+    output: str | Path,
+    publish: str | Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    workers: int = 0,
+    device: str = "auto",
 ) -> None:
     """Makes (or reads, where finished) every run and publishes results.json, results.md and the pictures.
 
-    Every seed pre-trains its own encoder and is tested on 600 tasks of its own; within a seed all methods see
-    the same tasks. A method's rate is the one with the best validation accuracy, averaged over the seeds.
+    Every seed pre-trains its own encoder and is tested on tasks of its own; within a seed all methods see the
+    same tasks. Each method is meta-trained 1-shot at every rate; the one with the best validation accuracy,
+    averaged over the seeds, is its row of the table and is also used 5-shot.
+
+    Args:
+        output: folder of the runs, one a seed.
+        publish: folder of the summary.
+        seeds: one experiment each.
+        workers: runs at a time, each on one thread, so that the bits depend on no thread count; 0: a core each.
+        device: as in `Config`.
     """
     output, publish = Path(output), Path(publish)
     config = replace(preset("glyphs-results"), device=device)
-    experiments = [Experiment(replace(config, seed=seed), output / f"seed{seed}") for seed in seeds]
-    cells = [_update_head(experiments, n_shot) for n_shot in SHOTS]
-    for n_shot in SHOTS:
-        for row in ROWS:
-            cells += [_cell(experiments, row, n_shot, rate) for rate in RATES]
-    publish.mkdir(parents=True, exist_ok=True)
+    with _pool(workers or os.cpu_count() or 1) as pool:
+
+        def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:
+            jobs = [
+                Job(replace(config, seed=seed), str(output / f"seed{seed}"), row, n_shot, rate)
+                for row, n_shot, rate in rows
+                for seed in seeds
+            ]
+            outcomes = list(tqdm(pool.map(_run, jobs), desc=what, total=len(jobs), unit="run"))
+            return [
+                Cell(*row, outcomes=part)
+                for row, part in zip(rows, _grouped(outcomes, len(seeds)), strict=True)
+            ]
+
+        cells = run([(UPDATE_HEAD, 1, None)], "pre-training")
+        cells += run([(row, 1, rate) for row in ROWS for rate in RATES], "1-shot, all rates")
+        chosen = {row: _best(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
+        cells += run([(row, 5, rate) for row, rate in chosen.items()], "5-shot")
     best = {(row.key, n): _best(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
+    publish.mkdir(parents=True, exist_ok=True)
     write_text(publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n")
     write_text(publish / "results.md", _markdown(cells, best, seeds))
-    draw_curves(publish / "curves.png", {key: cell.models[0] for key, cell in best.items()})
-    report.rate_sensitivity_figure(publish / "rates.png", _rate_curves(cells))
-    model = best[SS_HT.key, 1].models[0]
-    _, evaluation, episodes = experiments[0].test(model, 1)
-    draw_episode(publish / "episode.png", experiments[0], evaluation, episodes)
+    draw_curves(publish / "curves.png", {key: _mean_curve(cell) for key, cell in best.items()})
+    report.rate_sensitivity_figure(publish / "rates.png", {"1-shot": _rate_curves(cells)})
+    first = Experiment(replace(config, seed=seeds[0]), output / f"seed{seeds[0]}")
+    model = first.meta_train(SS_HT, 1, lr=chosen[SS_HT])
+    _, evaluation, episodes = first.test(model, 1)
+    draw_episode(publish / "episode.png", first, evaluation, episodes)
     print(f"published in {publish}")
 
 
-def _update_head(experiments: Sequence[Experiment], n_shot: int) -> Cell:
-    cell = Cell(UPDATE_HEAD, n_shot, None, [], [])
-    for experiment in experiments:
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _quiet_worker() -> None:
+    """One thread a run, and the parent's bar as the only progress."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the worker
+
+
+@lru_cache(maxsize=1)
+def _experiment(config: Config, folder: str) -> Experiment:
+    """The last experiment of this process, with its rendered stores."""
+    return Experiment(config, folder)
+
+
+def _run(job: Job) -> Outcome:
+    experiment = _experiment(job.config, job.folder)
+    if job.row == UPDATE_HEAD:
         model = experiment.pretrain()
-        inner = experiment.choose_inner(model, n_shot)
-        _test_into(cell, experiment, model, inner)
-    return cell
+        inner = experiment.choose_inner(model, job.n_shot)
+    else:
+        model = experiment.meta_train(job.row, job.n_shot, lr=job.rate)
+        inner = job.config.inner
+    result, _, _ = experiment.test(model, job.n_shot, inner)
+    name = f"{job.row.key}-{job.n_shot}shot" + ("" if job.rate is None else f"-lr{job.rate:g}")
+    save_score(experiment.output / "test" / name, result, job.row.label)
+    return Outcome(
+        result.task_accuracy.tolist(),
+        model.meta["validation_accuracy"],
+        model.meta["curve"],
+        (inner.lr, inner.test_steps),
+    )
 
 
-def _cell(experiments: Sequence[Experiment], row: Row, n_shot: int, rate: float) -> Cell:
-    cell = Cell(row, n_shot, rate, [], [])
-    for experiment in experiments:
-        _test_into(cell, experiment, experiment.meta_train(row, n_shot, lr=rate))
-    return cell
-
-
-def _test_into(cell: Cell, experiment: Experiment, model: Model, inner: Any = None) -> None:
-    result, _, _ = experiment.test(model, cell.n_shot, inner)
-    name = f"{cell.row.key}-{cell.n_shot}shot" + ("" if cell.rate is None else f"-lr{cell.rate:g}")
-    save_score(experiment.output / "test" / name, result, cell.row.label)
-    cell.scores.append(result)
-    cell.models.append(model)
+def _grouped(outcomes: list[Outcome], size: int) -> Iterator[list[Outcome]]:
+    return (outcomes[i : i + size] for i in range(0, len(outcomes), size))
 
 
 def _best(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
-    mine = [cell for cell in cells if cell.row == row and cell.n_shot == n_shot]
-    return mine[0] if len(mine) == 1 else max(mine, key=lambda cell: cell.validation)
+    """The row's cell with the best validation accuracy; the first of equal ones."""
+    return max((c for c in cells if c.row == row and c.n_shot == n_shot), key=lambda cell: cell.validation)
+
+
+def _mean_curve(cell: Cell) -> list[list[float]]:
+    """Validation curve averaged over seeds: tasks, mean, half-width of its 95 % interval."""
+    points = zip(*(outcome.curve for outcome in cell.outcomes), strict=True)
+    n = len(cell.outcomes)
+    if cell.row == UPDATE_HEAD:
+        return []
+    return [
+        [same[0][0], sum(p[1] for p in same) / n, sum(p[2] ** 2 for p in same) ** 0.5 / n] for same in points
+    ]
 
 
 def _differences(best: dict[tuple[str, int], Cell]) -> dict[str, list[SeedsDifference]]:
@@ -115,18 +203,15 @@ def _differences(best: dict[tuple[str, int], Cell]) -> dict[str, list[SeedsDiffe
     }
 
 
-def _rate_curves(cells: Sequence[Cell]) -> dict[str, dict[str, report.Curve]]:
-    panels: dict[str, dict[str, report.Curve]] = {}
-    for n_shot in SHOTS:
-        update = next(c for c in cells if c.row == UPDATE_HEAD and c.n_shot == n_shot).interval()
-        flat = report.Curve(RATES, [update[0]] * len(RATES), [update[1]] * len(RATES))
-        panels[f"{n_shot}-shot"] = {UPDATE_HEAD.label: flat}
-        for row in ROWS:
-            intervals = [c.interval() for c in cells if c.row == row and c.n_shot == n_shot]
-            panels[f"{n_shot}-shot"][row.label] = report.Curve(
-                RATES, [mean for mean, _ in intervals], [half for _, half in intervals]
-            )
-    return panels
+def _rate_curves(cells: Sequence[Cell]) -> dict[str, report.Curve]:
+    def curve(intervals: list[Interval]) -> report.Curve:
+        return report.Curve(RATES, [i.mean for i in intervals], [i.half for i in intervals])
+
+    update = _best(cells, UPDATE_HEAD, 1).interval()
+    curves = {UPDATE_HEAD.label: curve([update] * len(RATES))}
+    for row in ROWS:
+        curves[row.label] = curve([c.interval() for c in cells if c.row == row and c.n_shot == 1])
+    return curves
 
 
 def _markdown(cells: Sequence[Cell], best: dict[tuple[str, int], Cell], seeds: Sequence[int]) -> str:
@@ -142,20 +227,16 @@ def _markdown(cells: Sequence[Cell], best: dict[tuple[str, int], Cell], seeds: S
     rates = {row.label: [f"{best[row.key, n].rate:g}" for n in SHOTS] for row in ROWS}
     chosen = "; ".join(f"{label} {' / '.join(values)}" for label, values in rates.items())
     by_rate = report.table(
-        {
-            f"{row.label}, {n}-shot": [c.interval() for c in cells if c.row == row and c.n_shot == n]
-            for n in SHOTS
-            for row in ROWS
-        },
+        {row.label: [c.interval() for c in cells if c.row == row and c.n_shot == 1] for row in ROWS},
         [f"{rate:g}" for rate in RATES],
-        corner="accuracy, % at meta learning rate",
+        corner="1-shot accuracy, %, at meta learning rate",
     )
     facts = provenance()
-    n_tasks = len(best[SS.key, 1].scores[0].task_accuracy)
+    n_tasks = len(best[SS.key, 1].outcomes[0].task_accuracy)
     return f"""{table}
 
 {len(seeds)} seeds × {n_tasks} test tasks, ± 95 % interval over the tasks; meta learning rate chosen on the validation
-split (1-shot / 5-shot): {chosen}.
+split, 1-shot: {chosen}.
 
 The paired difference on the same test tasks, ± its 95 % interval, all seeds pooled:
 
@@ -188,12 +269,11 @@ def _summary(
             "chosen": best[cell.row.key, cell.n_shot] is cell,
             "mean": mean,
             "interval95": half,
-            "seed_means": [score.interval.mean for score in cell.scores],
-            "validation": None if cell.rate is None else cell.validation,
-            "inner": [[score.config.inner.lr, score.config.inner.test_steps] for score in cell.scores],
+            "seed_means": [sum(seed) / len(seed) for seed in cell.accuracies()],
+            "validation": cell.validation,
+            "inner": [outcome.inner for outcome in cell.outcomes],
+            "curves": [outcome.curve for outcome in cell.outcomes],
         }
-        if cell.rate is not None:
-            entry["curves"] = [model.meta["curve"] for model in cell.models]
         rows.append(entry)
     differences = {
         name: [
