@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import sys
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InputError
 
@@ -146,7 +148,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run."""
+    """All settings of a run.
+
+    Raises:
+        InputError: a setting is out of its range; one line names it, its value and the range.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -160,6 +166,23 @@ class Config:
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`, …"""
 
+    def __post_init__(self) -> None:
+        for name, choices in _choices().items():
+            if (value := _setting(self, name)) not in choices:
+                raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
+        for names, (low, high, meaning) in _LIMITS.items():
+            for name in names.split():
+                value = _setting(self, name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    # Written so that a NaN is outside.
+                    if number is not None and not low <= number <= high:
+                        raise InputError(f"{name} is {number}; it must be {meaning}")
+        n_widths = len(self.encoder.widths)
+        if n_widths != 4 and not (self.encoder.name == "conv4" and n_widths == 1):
+            raise InputError(
+                f"encoder.widths has {n_widths} numbers; {self.encoder.name} takes 4, one a block"
+            )
+
     def to_json(self) -> str:
         """The settings as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
@@ -172,6 +195,45 @@ class Config:
             InputError: a name that no setting has.
         """
         return _from_dict(cls, values, "config")
+
+
+# Settings → lowest, highest, what to say; every number of a sequence is meant.
+_TINY, _HUGE = sys.float_info.min, sys.float_info.max
+_LIMITS: dict[str, tuple[float, float, str]] = {
+    "seed": (0, 2**63 - 1, "in 0..2**63 - 1"),
+    "encoder.widths pretrain.batch_size pretrain.epochs pretrain.validation_tasks pretrain.validate_every "
+    "episodes.n_shot episodes.n_query meta.decay_every meta.tasks_per_update meta.n_tasks "
+    "meta.random_tasks_per_round meta.hard_tasks_per_round meta.validate_every meta.images_per_chunk "
+    "data.image_size": (1, _HUGE, "at least 1"),
+    "episodes.n_way": (2, _HUGE, "at least 2: one class alone is always right"),
+    "meta.validation_tasks evaluation.n_tasks": (2, _HUGE, "at least 2: an interval needs two tasks"),
+    "inner.train_steps inner.test_steps": (0, _HUGE, "at least 0"),
+    "data.std pretrain.lr inner.lr": (_TINY, _HUGE, "positive and finite"),
+    "data.mean": (-_HUGE, _HUGE, "finite"),
+    "pretrain.warmup_epochs pretrain.weight_decay meta.lr meta.head_lr meta.lr_floor": (
+        0,
+        _HUGE,
+        "at least 0 and finite",
+    ),
+    "pretrain.jitter": (0, 1, "in 0..1"),
+    "encoder.dropout": (0, 1 - 2**-24, "at least 0 and below 1"),
+}
+
+
+def _setting(config: Config, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The settings that are one of some words."""
+    found = {}
+    for part, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            for name, hint in get_type_hints(kind).items():
+                if get_origin(hint) is Literal:
+                    found[f"{part}.{name}"] = get_args(hint)
+    return found
 
 
 def _from_dict(kind: Any, values: dict[str, Any], where: str) -> Any:

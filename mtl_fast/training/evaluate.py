@@ -18,7 +18,7 @@ from ..nn import LinearHead
 from ..random_streams import RandomStreams
 from . import checkpoint as files
 from .models import Model, device_of, load_model, preprocess_of
-from .run import write_text
+from .run import make_folder, write_text
 from .statistics import Interval, mean_interval
 
 
@@ -87,7 +87,8 @@ def evaluate_model(
     """Tests a model file; every None takes the model's own setting.
 
     Raises:
-        InputError: no such model; a head of another n_way; a split with too few classes or images.
+        InputError: no such model; a head of another n_way; images of another size; a split with too few classes
+            or images; an output that cannot be written.
     """
     evaluation = evaluation or EvaluationConfig()
     target = device_of(replace(Config(), device=device))
@@ -97,7 +98,7 @@ def evaluate_model(
     shape = replace(config.episodes, **{k: v for k, v in changes.items() if v is not None})
     inner = replace(
         config.inner,
-        lr=inner_lr or config.inner.lr,
+        lr=config.inner.lr if inner_lr is None else inner_lr,
         test_steps=config.inner.test_steps if inner_steps is None else inner_steps,
     )
     if model.head is not None and shape.n_way != config.episodes.n_way:
@@ -108,6 +109,14 @@ def evaluate_model(
     config = replace(config, episodes=shape, inner=inner, evaluation=evaluation, seed=seed, device=device)
     size = config.data.image_size or (None if data is None else model.image_size)
     store = load_split(data or config.data.source, evaluation.split, size).to(target)
+    if store.image_size != (model.image_size, model.image_size):
+        height, width = store.image_size
+        raise InputError(
+            f"{store.name}: images are {width}×{height} pixels, {model.path} was trained on "
+            f"{model.image_size}×{model.image_size}; name the data with --data, and they are resized"
+        )
+    if output is not None:
+        make_folder(output)  # before the work, not after it
     result, _ = score(model, config, store, drawn_episodes(config, store))
     if output is not None:
         save_score(output, result, str(checkpoint))
@@ -116,7 +125,7 @@ def evaluate_model(
 
 def save_score(folder: Path, result: Score, model: str) -> None:
     """Writes evaluation.json and evaluation.safetensors (each task's accuracy)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     summary = {
         "model": model,
         "mean": result.interval.mean,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from .models import (
     Model,
     architecture,
     device_of,
+    facts_of,
+    fingerprint,
     learnable,
     load_model,
     load_weights,
     new_head,
     preprocess_of,
     save_model,
+    square_size,
     weights_of,
 )
 from .pretrain import validation_episodes
@@ -66,10 +70,16 @@ class MetaTraining:
         size = config.data.image_size
         train = (load_split(config.data.source, "train", size) if train is None else train).to(self.device)
         self.val = (load_split(config.data.source, "val", size) if val is None else val).to(self.device)
-        self.image_size = train.image_size[0]
+        self.image_size = square_size(train, self.val)
         checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
+        check_normalisation(config, pretrained)
         self.streams = RandomStreams(config.seed)
         self.encoder = pretrained.encoder.to(self.device)
+        inputs = {
+            "train": facts_of(train),
+            "val": facts_of(self.val),
+            "pretrained": fingerprint(weights_of(self.encoder)),
+        }
         self.head = new_head(config, self.encoder, self.streams).to(self.device)
         self.moved = learnable(self.encoder, config)
         self.optimizer = _adam(self.meta, self.moved, list(self.head.parameters()))
@@ -100,7 +110,7 @@ class MetaTraining:
         self.best: dict[str, Tensor] = {}
         self.best_accuracy, self.best_update = -1.0, 0
         self.curve: list[list[float]] = []
-        self.folder = RunFolder(output, config, resume=resume)
+        self.folder = RunFolder(output, config, resume=resume, inputs=inputs)
         if self.folder.resumed:
             self._restore()
 
@@ -139,6 +149,8 @@ class MetaTraining:
             tasks=self.best_update * self.meta.tasks_per_update,
             curve=self.curve,
         )
+        if stop.requested:
+            raise self.folder.interrupted(f"meta-training after its last update, {self.total}")
         return self.folder.model
 
     def next_episodes(self) -> tuple[Episodes, bool]:
@@ -158,9 +170,7 @@ class MetaTraining:
         if self.pool is not None and not hard:
             self.pool.add(episodes, output.class_accuracy)
         set_rates(self.optimizer, self.meta, self.update)
-        finite = output.loss.isfinite().all()
-        guarded_step(self.optimizer, finite)
-        self.all_finite &= finite
+        self.all_finite &= guarded_step(self.optimizer, output.loss.isfinite().all())
         self.sums += torch.stack([output.loss.mean(), output.class_accuracy.mean(), self.sums.new_ones(())])
         self.update += 1
         if self.pool is not None and self.update % self._updates_per_round == 0:
@@ -176,7 +186,7 @@ class MetaTraining:
         """Reads the flag that a non-finite loss sets; before every checkpoint."""
         if not bool(self.all_finite):
             raise InputError(
-                f"meta-training: a loss became non-finite before update {self.update}; the last checkpoint and the "
+                f"meta-training: a loss or gradient became non-finite by update {self.update}; the last checkpoint and the "
                 f"weights are untouched; try a lower --meta.lr (now {self.meta.lr:g}) or --inner.lr "
                 f"(now {self.config.inner.lr:g})"
             )
@@ -264,6 +274,21 @@ def check_rounds(meta: MetaConfig) -> None:
             )
 
 
+def check_normalisation(config: Config, pretrained: Model) -> None:
+    """Images enter the network as they did in its pre-training.
+
+    Raises:
+        InputError: mean or standard deviation differ.
+    """
+    for name in ("mean", "std"):
+        there, here = getattr(pretrained.config.data, name), getattr(config.data, name)
+        if there != here:
+            raise InputError(
+                f"{pretrained.path}: was pre-trained with --data.{name} {' '.join(map(str, there))}, not "
+                f"{' '.join(map(str, here))}; give the same, or the same --preset"
+            )
+
+
 def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -> None:
     """Both rates, halved every `decay_every` updates down to the floor (a rate below the floor stays)."""
     for group in optimizer.param_groups:
@@ -272,20 +297,33 @@ def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -
 
 
 @torch.no_grad()
-def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step that leaves parameters and state as they were if `finite` is False; nothing is read back."""
+def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> Tensor:
+    """A step that leaves parameters and state as they were where a loss or a gradient is not finite.
+
+    Args:
+        optimizer: Adam, or another whose state begins at zeros and is changed in place.
+        finite: bool scalar, whether the losses are; nothing is read back.
+
+    Returns:
+        bool scalar: whether the gradients are finite as well and the step was taken.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    before = [
-        (tensor, tensor.clone())
-        for p in parameters
-        for tensor in (p, *(v for v in optimizer.state[p].values() if isinstance(v, Tensor)))
-    ]
-    for p in parameters:
-        if p.grad is not None:  # else a first step would start Adam's moments at NaN
-            p.grad.copy_(torch.where(finite, p.grad, 0))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    finite = torch.stack([finite, *(gradient.isfinite().all() for gradient in gradients)]).all()
+
+    def tensors() -> Iterator[Tensor]:
+        for p in parameters:
+            yield p
+            yield from (value for value in optimizer.state[p].values() if isinstance(value, Tensor))
+
+    before = {id(tensor): tensor.clone() for tensor in tensors()}
+    for gradient in gradients:  # else the moments would take the NaN up
+        gradient.copy_(torch.where(finite, gradient, 0))
     optimizer.step()
-    for tensor, old in before:
-        tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
+    for tensor in tensors():
+        old = before.get(id(tensor))  # None: the first step made it, from zeros
+        tensor.copy_(torch.where(finite.to(tensor.device), tensor, 0 if old is None else old))
+    return finite
 
 
 def _adam(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from ..config import Config, EncoderConfig
+from ..data.store import ImageStore
 from ..engine.step import Preprocess
 from ..errors import InputError
 from ..nn import Conv4, Encoder, LinearHead, ResNet12
 from ..random_streams import RandomStreams
 from . import checkpoint
+
+SMALLEST_IMAGE = 16  # four poolings leave one pixel
 
 
 def build_encoder(
@@ -27,7 +31,15 @@ def build_encoder(
         config: the network.
         image_size: height and width of the images (Conv-4's feature width depends on it).
         generator: random stream of the initial weights.
+
+    Raises:
+        InputError: images too small for four halvings of the map.
     """
+    if image_size < SMALLEST_IMAGE:
+        raise InputError(
+            f"images of {image_size}×{image_size} pixels are too small for {config.name}, which halves its map four "
+            f"times; set --data.image-size to at least {SMALLEST_IMAGE}"
+        )
     encoder: Encoder
     if config.name == "conv4":
         encoder = Conv4(config.widths[0], image_size=image_size)
@@ -72,9 +84,40 @@ def device_of(config: Config) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise InputError(f"device {name!r} is none that this package runs on; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
         raise InputError(f"device {name!r}: this PyTorch sees no CUDA device; use --device cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
+        )
     return device
+
+
+def square_size(train: ImageStore, val: ImageStore) -> int:
+    """Height and width of the images of both splits, in pixels.
+
+    Raises:
+        InputError: they are not square, or not alike.
+    """
+    height, width = train.image_size
+    for store in (train, val):
+        if store.image_size != (height, height):
+            h, w = store.image_size
+            other = f", those of {train.name} {width}×{height}" if store is val else ""
+            raise InputError(
+                f"{store.name}: images are {w}×{h} pixels{other}; a network takes squares of one size; set "
+                f"--data.image-size, such as {min(height, width, h, w)}"
+            )
+    return height
+
+
+def facts_of(store: ImageStore) -> dict[str, Any]:
+    """What a resumed run compares: a data set that has grown is another one."""
+    return {"classes": store.n_classes, "images": store.n_images, "image_size": list(store.image_size)}
 
 
 def preprocess_of(config: Config) -> Preprocess:
@@ -105,11 +148,27 @@ def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Te
 
 
 def load_weights(tensors: dict[str, Tensor], encoder: Encoder, head: LinearHead | None = None) -> None:
-    """The inverse of `weights_of`, for modules of the same architecture."""
-    for name, module in (("encoder", encoder), ("head", head)):
-        if module is not None:
-            prefix = name + "."
-            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+    """The inverse of `weights_of`, for modules of the same architecture.
+
+    Raises:
+        InputError: they are of another one; the first tensor that does not fit is named.
+    """
+    modules: dict[str, torch.nn.Module] = {"encoder": encoder} | ({} if head is None else {"head": head})
+    found = {k: list(v.shape) for k, v in tensors.items() if k.partition(".")[0] in modules}
+    wanted = {f"{n}.{k}": list(v.shape) for n, m in modules.items() for k, v in m.state_dict().items()}
+    difference = checkpoint.first_difference({"weights": found}, {"weights": wanted})
+    if difference:
+        raise InputError(f"the checkpoint is of another architecture: {difference}; use its settings")
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint.part(tensors, name))
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names and bits, to tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def architecture(config: Config, image_size: int) -> dict[str, Any]:

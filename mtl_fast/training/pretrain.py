@@ -21,7 +21,16 @@ from ..random_streams import RandomStreams
 from . import checkpoint
 from .augment import augmented
 from .logging import RunLog
-from .models import build_encoder, device_of, load_weights, preprocess_of, save_model, weights_of
+from .models import (
+    build_encoder,
+    device_of,
+    facts_of,
+    load_weights,
+    preprocess_of,
+    save_model,
+    square_size,
+    weights_of,
+)
 from .run import RunFolder, prefixed, stop_on_ctrl_c
 
 
@@ -53,7 +62,7 @@ class Pretraining:
         self.val = (load_split(config.data.source, "val", size) if val is None else val).to(self.device)
         self.streams = RandomStreams(config.seed)
         initial = self.streams.stream("initial")
-        self.image_size = self.train.image_size[0]
+        self.image_size = square_size(self.train, self.val)
         self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial).to(
             self.device
         )
@@ -71,7 +80,8 @@ class Pretraining:
         self.best: dict[str, Tensor] = {}
         self.best_accuracy, self.best_epoch = -1.0, 0
         self.curve: list[list[float]] = []
-        self.folder = RunFolder(output, config, resume=resume)
+        inputs = {"train": facts_of(self.train), "val": facts_of(self.val)}
+        self.folder = RunFolder(output, config, resume=resume, inputs=inputs)
         if self.folder.resumed:
             self._restore()
 
@@ -92,6 +102,7 @@ class Pretraining:
                     self._end_of_epoch(log)
                     self._save()
                 elif stop.requested:
+                    self._require_finite_weights()
                     self._save()
                 if stop.requested and self.update < self.total:
                     raise self.folder.interrupted(f"pre-training after update {self.update} of {self.total}")
@@ -106,6 +117,8 @@ class Pretraining:
             epoch=self.best_epoch,
             curve=self.curve,
         )
+        if stop.requested:
+            raise self.folder.interrupted(f"pre-training after its last update, {self.total}")
         return self.folder.model
 
     def _update(self) -> None:
@@ -114,6 +127,7 @@ class Pretraining:
             self.order = torch.randperm(self.train.n_images, generator=self.streams.stream("pretrain_order"))
         rows = self.order[place * self.settings.batch_size :][: self.settings.batch_size].to(self.device)
         self.encoder.train()
+        self._seed_dropout()
         x = augmented(self.train, rows, self.preprocess, self.settings, self.streams.stream("augmentation"))
         labels = self.train.labels[rows]
         logits = self.classifier(self.encoder(x))
@@ -128,17 +142,35 @@ class Pretraining:
             self.sums += torch.stack(
                 [loss.double() * len(rows), correct.double(), loss.new_tensor(len(rows)).double()]
             ).cpu()
+        if not math.isfinite(float(self.sums[0])):
+            raise self._not_finite(f"the loss became {float(loss)}")
         self.update += 1
+
+    def _seed_dropout(self) -> None:
+        """On a GPU dropout draws there, from a generator that each update seeds from the stream."""
+        if self.device.type != "cpu" and self.encoder.dropout:
+            seed = int(torch.randint(2**62, (), generator=self.streams.stream("dropout")))
+            self.encoder.dropout_generator = torch.Generator(self.device).manual_seed(seed)
+
+    def _require_finite_weights(self) -> None:
+        """Before every checkpoint: the last update may have spoilt what its loss did not show."""
+        for module in (self.encoder, self.classifier):
+            for name, tensor in module.state_dict().items():
+                if not bool(tensor.isfinite().all()):
+                    raise self._not_finite(f"{name} became non-finite")
+
+    def _not_finite(self, what: str) -> InputError:
+        epoch = self.update // self.updates_per_epoch + 1
+        return InputError(
+            f"pre-training: {what} at update {self.update}, in epoch {epoch}; nothing on disk was overwritten; "
+            f"try a lower --pretrain.lr (now {self.settings.lr:g})"
+        )
 
     def _end_of_epoch(self, log: RunLog) -> None:
         epoch = self.update // self.updates_per_epoch
         loss, accuracy = (self.sums[:2] / self.sums[2]).tolist()
         self.sums.zero_()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"pre-training: the loss became {loss} in epoch {epoch}; nothing was overwritten; "
-                f"try a lower --pretrain.lr (now {self.settings.lr:g})"
-            )
+        self._require_finite_weights()
         row = {"epoch": epoch, "loss": loss, "train_accuracy": accuracy}
         if epoch % self.settings.validate_every == 0 or self.update == self.total:
             score = self._validate()

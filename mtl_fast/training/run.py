@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -57,14 +57,19 @@ class RunFolder:
         path: made if missing.
         config: the phase's settings, written to ``config.json``.
         resume: continue the run that is there; without one, begin it.
+        inputs: what the run is given beside its settings (sizes of the data, say), to be the same on resume.
 
     Raises:
-        InputError: the folder holds a run and `resume` is off, or the run there has other settings.
+        InputError: the folder cannot be made, or holds a run and `resume` is off, or a run that cannot go on: its
+            checkpoint is gone, or it has other settings or inputs.
     """
 
-    def __init__(self, path: str | Path, config: Config, *, resume: bool) -> None:
+    def __init__(
+        self, path: str | Path, config: Config, *, resume: bool, inputs: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(path)
         self.config = config
+        self.inputs = inputs or {}
         self.tensors: dict[str, Tensor] = {}
         self.meta: dict[str, Any] = {}
         occupied = [p for p in (self.checkpoint, self.model) if p.exists()]
@@ -72,15 +77,15 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: holds a run already ({occupied[0].name}); --resume continues it, or give another --output"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot make this folder ({error.strerror}); give another --output"
-            ) from None
+        make_folder(self.path)
         if self.checkpoint.exists():
             self.tensors, self.meta = checkpoint.load(self.checkpoint)
-            self._check_settings(self.meta.get("config", {}))
+            self._check_same()
+        elif occupied:
+            raise InputError(
+                f"{self.path}: holds {occupied[0].name} but no {self.checkpoint.name} to go on from; "
+                "give another --output"
+            )
         write_text(self.path / "config.json", config.to_json() + "\n")
 
     @property
@@ -100,7 +105,12 @@ class RunFolder:
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Writes the checkpoint, atomically; the settings go with it."""
-        facts = {"kind": "checkpoint", "config": dataclasses.asdict(self.config), **meta}
+        facts = {
+            "kind": "checkpoint",
+            "config": dataclasses.asdict(self.config),
+            "inputs": self.inputs,
+            **meta,
+        }
         checkpoint.save(self.checkpoint, tensors, facts | {"provenance": checkpoint.provenance()})
 
     def section(self, name: str) -> dict[str, Tensor]:
@@ -111,22 +121,74 @@ class RunFolder:
         """What to raise when Ctrl-C was honoured."""
         return Interrupted(f"stopped {where}; saved in {self.path}; the same command with --resume goes on")
 
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        # Where a run runs is no part of what it computes.
-        wanted = json.loads(self.config.to_json()) | {"device": saved.get("device")}
-        difference = checkpoint.first_difference(saved, wanted)
+    def _check_same(self) -> None:
+        check_settings(self.checkpoint, self.meta.get("config", {}), self.config)
+        difference = checkpoint.first_difference(self.meta.get("inputs", self.inputs), self.inputs)
         if difference:
             raise InputError(
-                f"{self.checkpoint}: the run there has other settings ({difference}); "
-                f"resume with the same ones or give another --output"
+                f"{self.checkpoint}: the run there was given other data or another encoder ({difference}); "
+                "resume with the same ones or give another --output"
             )
 
 
+def check_settings(path: Path, saved: dict[str, Any], config: Config) -> None:
+    """Compares the settings that `path` holds with those asked for.
+
+    Raises:
+        InputError: they differ, in more than the device: where a run runs is no part of what it computes.
+    """
+    wanted = json.loads(config.to_json()) | {"device": saved.get("device")}
+    difference = checkpoint.first_difference(saved, wanted)
+    if difference:
+        raise InputError(
+            f"{path}: the run there has other settings ({difference}); "
+            "resume with the same ones or give another --output"
+        )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a ``config.json`` holds.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: cannot be read as settings; mend it or give another --output")
+    return settings
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder for results where there is none.
+
+    Raises:
+        InputError: that cannot be done, for a file is in the way or the disk is read-only.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot make this folder ({error.strerror}); give another --output"
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small text file in one step."""
+    """Replaces a small text file in one step.
+
+    Raises:
+        InputError: it cannot be written; the old one is as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free some space or give another --output"
+        ) from None
 
 
 def prefixed(**groups: dict[str, Tensor]) -> dict[str, Tensor]:
