@@ -79,7 +79,9 @@ class EpisodeConfig:
     n_shot: int = 1
     """Support images a class."""
     n_query: int = 15
-    """Query images a class."""
+    """Query images a class, in validation and test."""
+    n_query_train: int | None = None
+    """Query images a class in meta-training; None: as many as in the test."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ _TINY, _HUGE = sys.float_info.min, sys.float_info.max
 _LIMITS: dict[str, tuple[float, float, str]] = {
     "seed": (0, 2**63 - 1, "in 0..2**63 - 1"),
     "encoder.widths pretrain.batch_size pretrain.epochs pretrain.validation_tasks pretrain.validate_every "
-    "episodes.n_shot episodes.n_query meta.decay_every meta.tasks_per_update meta.n_tasks "
+    "episodes.n_shot episodes.n_query episodes.n_query_train meta.decay_every meta.tasks_per_update meta.n_tasks "
     "meta.random_tasks_per_round meta.hard_tasks_per_round meta.validate_every meta.images_per_chunk "
     "data.image_size": (1, _HUGE, "at least 1"),
     "episodes.n_way": (2, _HUGE, "at least 2: one class alone is always right"),
@@ -259,23 +261,25 @@ GLYPHS = Config(
         lr=3e-3,
         warmup_epochs=0.5,
         weight_decay=0.05,
-        batch_size=64,
-        epochs=10,
+        batch_size=32,
+        epochs=5,
         crop="shift",
         flip=False,
         jitter=0.0,
         validation_tasks=300,
-        validate_every=2,
+        validate_every=1,
     ),
-    inner=InnerConfig(lr=0.05, train_steps=20, test_steps=100),
+    # More and smaller tasks learn faster than fewer large ones.
+    episodes=EpisodeConfig(n_query_train=5),
+    inner=InnerConfig(lr=0.01, train_steps=20, test_steps=50),
     meta=MetaConfig(
         head_init="zeros",
-        lr=5e-3,
-        head_lr=1e-3,
-        decay_every=1000,
-        n_tasks=600,
+        lr=1e-3,
+        head_lr=1e-4,
+        decay_every=200,
+        n_tasks=900,
         validation_tasks=300,
-        validate_every=120,
+        validate_every=180,
     ),
 )
 
@@ -288,14 +292,10 @@ GLYPHS_QUICK = replace(
     evaluation=EvaluationConfig(n_tasks=100),
 )
 
-# `make results`: the recipe of the demo, at full length.
-GLYPHS_RESULTS = replace(GLYPHS, meta=replace(GLYPHS.meta, n_tasks=900, validate_every=180))
-
 PRESETS: dict[str, Config] = {
     "paper": Config(),
     "glyphs": GLYPHS,
     "glyphs-quick": GLYPHS_QUICK,
-    "glyphs-results": GLYPHS_RESULTS,
 }
 
 

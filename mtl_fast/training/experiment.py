@@ -37,7 +37,7 @@ SS = Row("ss", "SS[Θ;θ]", learn="scale_shift")
 SS_HT = Row("ss-ht", "SS[Θ;θ] + HT", learn="scale_shift", hard="resample")
 
 # Where "update θ" looks for its step size and number of steps, on the validation split.
-INNER_GRID = tuple(itertools.product((0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (20, 50, 100, 200)))
+INNER_GRID = tuple(itertools.product((0.002, 0.005, 0.01, 0.02, 0.05, 0.1), (10, 20, 50, 100, 200)))
 
 
 class Experiment:

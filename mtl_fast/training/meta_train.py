@@ -85,7 +85,11 @@ class MetaTraining:
         self.optimizer = _adam(self.meta, self.moved, list(self.head.parameters()))
         shape = config.episodes
         self.sampler = EpisodeSampler(
-            train, shape.n_way, shape.n_shot, shape.n_query, self.streams.stream("tasks")
+            train,
+            shape.n_way,
+            shape.n_shot,
+            shape.n_query if shape.n_query_train is None else shape.n_query_train,
+            self.streams.stream("tasks"),
         )
         self.pool: HardTaskPool | None = None
         if self.meta.hard != "none":
