@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # Extra flags for pip, such as where to find a CPU build of torch.
 PIP_FLAGS ?=
 # One thread a worker: two workers of two threads each are slower than two of one on two cores.
-TEST_FLAGS ?= -n 2
+# (pytest-benchmark warns beside pytest-xdist, and warnings are errors: it has its own target.)
+TEST_FLAGS ?= -n 2 -p no:benchmark
 DEMO_FLAGS ?=
 RESULTS_FLAGS ?=
 
@@ -32,13 +33,14 @@ $(STAMP): requirements/test.txt pyproject.toml setup.py
 	@touch $@
 
 demo: env
-	$(BIN)/mtl-fast demo --output runs/demo $(DEMO_FLAGS)
+	$(BIN)/mtl-fast demo --output runs/demo --resume $(DEMO_FLAGS)
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
 
 results: env
 	$(BIN)/mtl-fast results $(RESULTS_FLAGS)
+	$(BIN)/python tools/update_readme.py
 
 lint: env
 	$(BIN)/ruff check .
@@ -48,7 +50,7 @@ types: env
 	$(BIN)/mypy
 
 bench: env
-	@set -e; for file in bench/ops/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	$(BIN)/python -m pytest bench/ops --benchmark-columns=min,median,rounds
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

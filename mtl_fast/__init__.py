@@ -1,3 +1,94 @@
-"""Meta-transfer learning for few-shot classification. Importing it starts nothing."""
+"""Meta-transfer learning for few-shot classification: a frozen network, its filters scaled and shifted per task set.
+
+Importing the package starts nothing (no CUDA, no compiler, no Triton), and loads PyTorch only when a name needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import Config, preset
+    from .data import load_split
+    from .data.store import ImageStore
+    from .engine import EpisodicEngine, Preprocess, evaluate
+    from .episodes import Episodes, EpisodeSampler, HardTaskPool
+    from .errors import InputError
+    from .nn import Conv4, LinearHead, ResNet12, ScaleShiftConv2d
+    from .ops import base_learner, fit_heads, ss_block, ss_conv, why
+    from .random_streams import RandomStreams
+    from .training.evaluate import evaluate_model
+    from .training.meta_train import meta_train
+    from .training.models import load_model
+    from .training.pretrain import pretrain
+
+_HOME = {
+    "Config": "config",
+    "preset": "config",
+    "load_split": "data",
+    "ImageStore": "data.store",
+    "EpisodicEngine": "engine",
+    "Preprocess": "engine",
+    "evaluate": "engine",
+    "Episodes": "episodes",
+    "EpisodeSampler": "episodes",
+    "HardTaskPool": "episodes",
+    "InputError": "errors",
+    "Conv4": "nn",
+    "LinearHead": "nn",
+    "ResNet12": "nn",
+    "ScaleShiftConv2d": "nn",
+    "base_learner": "ops",
+    "fit_heads": "ops",
+    "ss_block": "ops",
+    "ss_conv": "ops",
+    "why": "ops",
+    "RandomStreams": "random_streams",
+    "evaluate_model": "training.evaluate",
+    "load_model": "training.models",
+    "meta_train": "training.meta_train",
+    "pretrain": "training.pretrain",
+}
+
+__all__ = [
+    "Config",
+    "Conv4",
+    "EpisodeSampler",
+    "Episodes",
+    "EpisodicEngine",
+    "HardTaskPool",
+    "ImageStore",
+    "InputError",
+    "LinearHead",
+    "Preprocess",
+    "RandomStreams",
+    "ResNet12",
+    "ScaleShiftConv2d",
+    "base_learner",
+    "evaluate",
+    "evaluate_model",
+    "fit_heads",
+    "load_model",
+    "load_split",
+    "meta_train",
+    "preset",
+    "pretrain",
+    "ss_block",
+    "ss_conv",
+    "why",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -60,7 +60,7 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
         raise ValueError(f"unknown operation {op!r}; operations: {', '.join(OPERATIONS)}")
     source = "backend="
     if requested == "auto":
-        requested = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = ENVIRONMENT_VARIABLE + "="
     candidates = _REGISTRY[op]
     if requested != "auto":
