@@ -12,7 +12,7 @@ from ..episodes import Episodes
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner
-from .step import NormMode, Preprocess, class_accuracy
+from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
 
 
 class Evaluation(NamedTuple):
@@ -28,6 +28,7 @@ def embed_rows(
     encoder: Encoder, store: ImageStore, rows: Tensor, preprocess: Preprocess, *, images_per_chunk: int = 256
 ) -> Tensor:
     """Features [B, D] of rows [B] of the store, with the stored statistics."""
+    require_evaluation_mode(encoder)
     weights = encoder.refresh()
     dtype = next(encoder.parameters()).dtype
     return torch.cat(
@@ -111,6 +112,9 @@ def evaluate(
         tasks_per_batch: heads fitted together.
         images_per_chunk: images embedded together (`episode`: as many whole tasks as fit, at least one).
         backend: of the base-learner.
+
+    Raises:
+        ValueError: the encoder is in training mode and has dropout.
     """
     if norm != "episode":
         embedded = embed_episodes(encoder, store, episodes, preprocess, images_per_chunk=images_per_chunk)
@@ -122,6 +126,7 @@ def evaluate(
             tasks_per_batch=tasks_per_batch,
             backend=backend,
         )
+    require_evaluation_mode(encoder)
     weights = encoder.refresh(fold=False)
     n_images = episodes.support.shape[1] + episodes.query.shape[1]
     parts = []

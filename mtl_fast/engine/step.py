@@ -54,6 +54,14 @@ def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
     return correct.view(len(labels), n_way, -1).mean(dim=-1)
 
 
+def require_evaluation_mode(encoder: Encoder) -> None:
+    """Dropout belongs to pre-training: an encoder that still has it on would embed an image anew each time."""
+    if encoder.training and encoder.dropout:
+        raise ValueError(
+            f"encoder: is in training mode, with dropout {encoder.dropout}; call encoder.eval() first"
+        )
+
+
 def _warn_of_what_cancels(encoder: Encoder, norm: NormMode) -> None:
     """Says which part of Φ batch statistics take out again."""
     normed = [conv for conv in encoder.convs() if conv.norm is not None and conv.shift is not None]
@@ -79,7 +87,7 @@ class EpisodicEngine:
     The result does not depend on `images_per_chunk` but for rounding.
 
     Attributes:
-        encoder, head: Θ with Φ, and θ.
+        encoder, head: Θ with Φ, in evaluation mode, and θ.
         store, preprocess: where the images come from.
         norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages, query first.
         order: ``first`` treats θ' as θ minus constants; ``second`` differentiates through all inner steps.
@@ -109,6 +117,7 @@ class EpisodicEngine:
 
     def step(self, episodes: Episodes) -> StepOutput:
         """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back."""
+        require_evaluation_mode(self.encoder)
         per_task = episodes.support.shape[1] + episodes.query.shape[1]
         n_tasks = episodes.n_tasks
         chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
