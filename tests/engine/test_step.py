@@ -1,0 +1,321 @@
+"""One meta-training step against the same tasks one by one through autograd; chunks; nothing read back."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtl_fast.data.store import ImageStore
+from mtl_fast.engine import EpisodicEngine, Preprocess
+from mtl_fast.engine.step import class_accuracy
+from mtl_fast.episodes import Episodes
+from mtl_fast.nn import Encoder, LinearHead
+from mtl_fast.nn.encoder import Embeddings
+from tests.conv_cases import assert_near
+from tests.engine.cases import (
+    NORMS,
+    ORDERS,
+    PREPROCESS,
+    gradients,
+    make_encoder,
+    make_engine,
+    one_by_one,
+    parameters,
+    tasks,
+)
+
+# Twelve layers of about 60 terms, batch statistics of as few as 24 values, and a loss over all of it.
+TOLERANCE = 1000 * 12 * 60**0.5 * torch.finfo(torch.float64).eps
+by_norm = pytest.mark.parametrize("norm", NORMS)
+by_order = pytest.mark.parametrize("order", ORDERS)
+
+
+def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    # A shift before batch statistics has no gradient but rounding: compare with the largest of all.
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        assert torch.isfinite(ours[name]).all(), name
+        assert (ours[name] - gradient).abs().max() <= TOLERANCE * largest, name
+
+
+def assert_same_state(ours: Encoder, expected: Encoder) -> None:
+    state = expected.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, value in ours.state_dict().items():
+        assert_near(value, state[name], TOLERANCE, name)
+
+
+def check(engine: EpisodicEngine, episodes: Episodes) -> None:
+    losses, accuracies, expected, encoder = one_by_one(engine, episodes)
+    out = engine.step(episodes)
+    assert_near(out.loss, losses, TOLERANCE)
+    assert torch.equal(out.class_accuracy, accuracies)
+    assert not out.loss.requires_grad
+    assert_same_gradients(gradients(engine), expected)
+    assert_same_state(engine.encoder, encoder)
+
+
+@by_norm
+@by_order
+@pytest.mark.parametrize("learn", ["kernel", "filter", "weights", "head"])
+def test_a_step_is_its_tasks_one_by_one(small_store: ImageStore, norm: str, order: str, learn: str) -> None:
+    engine = make_engine(small_store, make_encoder("common", learn), norm=norm, order=order)
+    check(engine, tasks(small_store, 3))
+
+
+@by_norm
+@pytest.mark.parametrize("kind", ["tensorflow", "conv4"])
+def test_with_every_encoder(small_store: ImageStore, norm: str, kind: str) -> None:
+    check(make_engine(small_store, make_encoder(kind), norm=norm), tasks(small_store, 2))
+
+
+@by_order
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 5, 1, 3), (4, 2, 3, 2)], ids=str)
+def test_tasks_of_every_shape(small_store: ImageStore, order: str, shape: tuple[int, ...]) -> None:
+    engine = make_engine(small_store, n_way=shape[1], order=order)
+    check(engine, tasks(small_store, *shape))
+
+
+@by_norm
+@by_order
+@pytest.mark.parametrize("images_per_chunk", [1, 31])
+def test_chunked_equals_unchunked(
+    small_store: ImageStore, norm: str, order: str, images_per_chunk: int
+) -> None:
+    """Tasks are of 15 images: one a chunk, or two (the last chunk is not full)."""
+    whole = make_engine(small_store, norm=norm, order=order)
+    chunked = copy.copy(whole)
+    chunked.encoder, chunked.head = copy.deepcopy(whole.encoder), copy.deepcopy(whole.head)
+    chunked.images_per_chunk = images_per_chunk
+    sizes = []
+    query_logits = chunked.query_logits
+    chunked.query_logits = lambda part: (sizes.append(part.n_tasks), query_logits(part))[1]
+    before = copy.deepcopy(whole.encoder)
+    for start in (0, 5):
+        episodes = tasks(small_store, 10)[start : start + 5]
+        expected, out = whole.step(episodes), chunked.step(episodes)
+        assert_near(out.loss, expected.loss, TOLERANCE)
+        assert torch.equal(out.class_accuracy, expected.class_accuracy)
+        assert_same_gradients(gradients(chunked), gradients(whole))
+    assert sizes == 2 * {1: [1] * 5, 31: [2, 2, 1]}[images_per_chunk]
+    assert_same_state(chunked.encoder, whole.encoder)
+    moved = not torch.equal(before.norms()[0].running_var, whole.encoder.norms()[0].running_var)
+    assert moved == (norm == "running")
+
+
+def test_gradients_add_up(small_store: ImageStore) -> None:
+    engine, episodes = make_engine(small_store), tasks(small_store, 4)
+    engine.step(episodes[:1])
+    first = gradients(engine)
+    engine.step(episodes[1:])
+    rest = gradients(engine)
+    engine.step(episodes[:1])
+    engine.step(episodes[1:])
+    for name, both in gradients(engine).items():
+        assert torch.equal(both, first[name] + rest[name])
+
+
+class Watched(Encoder):
+    """Notes the images of each embedding and whether it has a graph."""
+
+    def __init__(self, inner: Encoder) -> None:
+        super().__init__()
+        self.inner, self.seen, self.feature_dim = inner, [], inner.feature_dim
+        self.eval()
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        out = self.inner.embed(images, **options)
+        self.seen.append((len(images), out.features.requires_grad))
+        return out
+
+
+@by_norm
+@by_order
+def test_support_images_have_a_graph_in_second_order_only(
+    small_store: ImageStore, norm: str, order: str
+) -> None:
+    encoder = Watched(make_encoder())
+    make_engine(small_store, encoder, norm=norm, order=order).step(tasks(small_store, 2))
+    # Two tasks of 6 support and 9 query images.
+    if (norm, order) == ("frozen", "second"):
+        assert encoder.seen == [(30, True)]
+    else:
+        assert encoder.seen == [(18, True), (12, order == "second")]
+
+
+@by_norm
+@by_order
+def test_learning_the_head_alone_builds_no_graph_of_the_encoder(
+    small_store: ImageStore, norm: str, order: str
+) -> None:
+    encoder = Watched(make_encoder(learn="head"))
+    engine = make_engine(small_store, encoder, norm=norm, order=order)
+    engine.step(tasks(small_store, 2))
+    assert not any(graph for _, graph in encoder.seen)
+    assert gradients(engine).keys() == {"head.weight", "head.bias"}
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_frozen_head_gets_no_gradient(small_store: ImageStore) -> None:
+    engine = make_engine(small_store)
+    engine.head.requires_grad_(False)
+    engine.step(tasks(small_store, 2))
+    assert engine.head.weight.grad is None
+    assert all(name.startswith("encoder") for name in gradients(engine))
+
+
+class Colours(Encoder):
+    """Features are the colour of the first pixel, in 0..1."""
+
+    feature_dim = 3
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        return Embeddings(images[:, :, 0, 0], [])
+
+
+def test_class_accuracies_of_a_case_made_by_hand() -> None:
+    """Red, green, blue; one query of class 0 is green, and all of class 2 are red or green."""
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    colours = [red, green, blue, red, green, green, green, red, green]
+    labels = torch.tensor([0, 1, 2, 0, 0, 1, 1, 2, 2])
+    pictures = torch.tensor(colours, dtype=torch.uint8)[:, None, None].expand(-1, 2, 2, -1).contiguous()
+    store = ImageStore(pictures, labels, ("r", "g", "b"))
+    support, query = torch.tensor([[0, 1, 2]]), torch.arange(3, 9)[None]
+    episodes = Episodes(
+        torch.tensor([[0, 1, 2]]),
+        support,
+        query,
+        torch.tensor([[0, 1, 2]]),
+        torch.tensor([[0, 0, 1, 1, 2, 2]]),
+    )
+    head = LinearHead(3, 3, init="zeros")
+    with torch.no_grad():
+        head.weight.copy_(2 * torch.eye(3))
+    engine = EpisodicEngine(
+        Colours(), head, store, Preprocess((0, 0, 0), (255, 255, 255)), inner_lr=0.5, inner_steps=3
+    )
+    out = engine.step(episodes)
+    assert out.class_accuracy.tolist() == [[0.5, 1.0, 0.0]]
+    # The inner loop keeps the symmetry: a own colour's logit is above the other two by the same margin.
+    weight = torch.eye(3) * 2
+    bias = torch.zeros(3)
+    for _ in range(3):
+        residual = (weight.T + bias).softmax(dim=1) - torch.eye(3)
+        weight, bias = weight - 0.5 / 3 * residual.T, bias - 0.5 / 3 * residual.sum(dim=0)
+    logits = (pictures[3:, 0, 0].float() / 255) @ weight.T + bias
+    assert_near(out.loss[0], F.cross_entropy(logits, episodes.query_labels[0]), 1e-6)
+
+
+def test_class_accuracy_counts_each_class_of_each_task() -> None:
+    labels = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    guesses = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1]])
+    accuracy = class_accuracy(F.one_hot(guesses, 2).float(), labels, 2)
+    assert_near(accuracy, torch.tensor([[1 / 3, 1.0], [0.0, 1 / 3]]), 1e-7)
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Raises where the host would wait for a value of the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name.lstrip("_") in [n.lstrip("_") for n in self.FORBIDDEN] or name.startswith(
+            ("_unique", "unique")
+        ):
+            raise AssertionError(f"{func.name()} reads a value back")
+        indices = args[1] if name.startswith("index") and len(args) > 1 else None
+        if isinstance(indices, (list, tuple)) and any(
+            i is not None and i.dtype == torch.bool for i in indices
+        ):
+            raise AssertionError("an index by a mask reads its length back")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_what_is_read_back() -> None:
+    x = torch.arange(3.0)
+    for read in (lambda: x[0].item(), lambda: bool(x[0] > 1), lambda: x[x > 0], lambda: x.nonzero()):
+        with NothingReadBack(), pytest.raises(AssertionError, match="back"):
+            read()
+
+
+@by_norm
+@by_order
+@pytest.mark.parametrize("learn", ["kernel", "filter"])
+def test_a_step_reads_nothing_back(
+    small_store: ImageStore, monkeypatch: pytest.MonkeyPatch, norm: str, order: str, learn: str
+) -> None:
+    # The range of indices is checked on the CPU alone, where nothing waits.
+    monkeypatch.setattr(sys.modules["mtl_fast.ops.images"], "_check_window", lambda *_: None)
+    engine = make_engine(
+        small_store,
+        make_encoder(learn=learn, dtype=torch.float32),
+        norm=norm,
+        order=order,
+        images_per_chunk=20,
+    )
+    episodes = tasks(small_store, 3)
+    with NothingReadBack():
+        out = engine.step(episodes)
+    assert torch.isfinite(out.loss).all()
+
+
+@by_norm
+@by_order
+def test_a_step_runs_where_tensors_hold_no_values(
+    small_store: ImageStore, monkeypatch: pytest.MonkeyPatch, norm: str, order: str
+) -> None:
+    """On the meta device: shapes alone decide what is computed."""
+    # Autocast does not know this device.
+    module = sys.modules["mtl_fast.kernels.reference.base_learner"]
+    monkeypatch.setattr(module, "_full_precision", lambda _: nullcontext())
+    engine = make_engine(
+        small_store, make_encoder("conv4", dtype=torch.float32), norm=norm, order=order, images_per_chunk=20
+    )
+    engine.encoder.to("meta")
+    engine.head.to("meta")
+    engine.store = small_store.to("meta")
+    out = engine.step(tasks(small_store, 3).to("meta"))
+    assert out.loss.is_meta
+    assert out.loss.shape == (3,)
+    assert all(p.grad.is_meta for _, p in parameters(engine))
+
+
+def test_unknown_settings_are_errors(small_store: ImageStore) -> None:
+    with pytest.raises(ValueError, match="norm: 'batch' is not one of frozen, episode, running"):
+        make_engine(small_store, norm="batch")
+    with pytest.raises(ValueError, match="order: 'third' is neither first nor second"):
+        make_engine(small_store, order="third")
+
+
+def test_dropout_is_an_error(small_store: ImageStore) -> None:
+    engine = make_engine(small_store)
+    engine.encoder.train()
+    with pytest.raises(ValueError, match=r"training mode, with dropout 0\.1; call encoder\.eval\(\)"):
+        engine.step(tasks(small_store, 1))
+
+
+@pytest.mark.parametrize("learn", ["kernel", "filter"])
+def test_batch_statistics_warn_of_what_they_cancel(small_store: ImageStore, learn: str) -> None:
+    encoder = make_encoder(learn=learn)
+    head = LinearHead(encoder.feature_dim, 3).double()
+    for norm in ("episode", "running"):
+        with pytest.warns(UserWarning, match=f"norm '{norm}': .* 12 .* shift has no effect") as caught:
+            EpisodicEngine(encoder, head, small_store, PREPROCESS, norm=norm)
+        assert ("filter's scale" in str(caught[0].message)) == (learn == "filter")
+        assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EpisodicEngine(encoder, head, small_store, PREPROCESS, norm="frozen")
+        for other in ("weights", "head"):
+            EpisodicEngine(make_encoder(learn=other), head, small_store, PREPROCESS, norm="episode")
