@@ -195,25 +195,32 @@ def _preset_of(arguments: Sequence[str]) -> Config:
     return preset(name)
 
 
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments ask for, ready to `run()`.
+
+    Raises:
+        InputError: an unknown recipe.
+        SystemExit: `--help` (status 0), or options that do not exist or miss (status 2); tyro says which.
+    """
+    defaults = commands(_preset_of(arguments))
+    kind = tyro.extras.subcommand_type_from_defaults(defaults, {k: v.__doc__ for k, v in defaults.items()})
+    description = (
+        "Meta-transfer learning for few-shot classification. Start with: mtl-fast demo. "
+        f"Recipes for --preset: {', '.join(PRESETS)}."
+    )
+    return tyro.cli(
+        kind,
+        prog="mtl-fast",
+        description=description,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 2 for wrong input (one line says what), 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        defaults = commands(_preset_of(arguments))
-        kind = tyro.extras.subcommand_type_from_defaults(
-            defaults, {k: v.__doc__ for k, v in defaults.items()}
-        )
-        description = (
-            "Meta-transfer learning for few-shot classification. Start with: mtl-fast demo. "
-            f"Recipes for --preset: {', '.join(PRESETS)}."
-        )
-        command = tyro.cli(
-            kind,
-            prog="mtl-fast",
-            description=description,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        command = parse(list(sys.argv[1:] if arguments is None else arguments))
         from .training.run import Interrupted
 
         try:

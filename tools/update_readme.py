@@ -24,7 +24,9 @@ def main() -> None:
     old = readme.read_text(encoding="utf-8")
     new = with_results(old, (ROOT / "docs" / "results" / "results.md").read_text(encoding="utf-8"))
     if "--check" in sys.argv[1:]:
-        raise SystemExit(0 if new == old else "README.md does not show docs/results/results.md; run make results")
+        raise SystemExit(
+            0 if new == old else "README.md does not show docs/results/results.md; run make results"
+        )
     readme.write_text(new, encoding="utf-8")
 
 
