@@ -69,13 +69,14 @@ class Results:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Pre-train an encoder on all training classes; the best epoch by validation episodes is kept."""
+    """Pre-train an encoder on all training classes; the best epoch by 1-shot validation episodes is kept."""
 
     output: Path
     """Folder of this run."""
     data: DataConfig
     encoder: EncoderConfig
     pretrain: PretrainConfig
+    episodes: EpisodeConfig
     inner: InnerConfig
     preset: str = "paper"
     """Recipe that gives every setting its default."""
@@ -94,6 +95,7 @@ class Pretrain:
             data=self.data,
             encoder=self.encoder,
             pretrain=self.pretrain,
+            episodes=self.episodes,
             inner=self.inner,
             seed=self.seed,
             device=self.device,
@@ -175,7 +177,9 @@ def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
     return {
         "demo": Demo(),
-        "pretrain": Pretrain(tyro.MISSING, config.data, config.encoder, config.pretrain, config.inner),
+        "pretrain": Pretrain(
+            tyro.MISSING, config.data, config.encoder, config.pretrain, config.episodes, config.inner
+        ),
         "meta-train": MetaTrain(
             tyro.MISSING, tyro.MISSING, config.data, config.episodes, config.inner, config.meta
         ),

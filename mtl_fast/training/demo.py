@@ -47,12 +47,12 @@ def demo(
         raise InputError(
             f"{output}: holds a demo already; --resume goes on with it, or give another --output"
         )
+    experiment = Experiment(config, output)  # first: an unknown device leaves nothing behind
     make_folder(output)
     if (output / "config.json").exists():
         check_settings(output / "config.json", read_settings(output / "config.json"), config)
     write_text(output / "config.json", config.to_json() + "\n")
     start = time.monotonic()
-    experiment = Experiment(config, output)
     scores: dict[tuple[str, int], Score] = {}
     curves: dict[tuple[str, int], list[list[float]]] = {}
     shown: tuple[Evaluation, Episodes] | None = None
