@@ -70,3 +70,9 @@ def test_table_in_words_and_numbers_is_that_of_the_results_file() -> None:
     for row in chosen:
         line = next(line for line in README.splitlines() if line.startswith(f"| {row['label']} "))
         assert f"{100 * row['mean']:.1f} ± {100 * row['interval95']:.1f}" in line
+
+
+def test_glyphs_is_neither_too_easy_nor_too_hard() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "results.json").read_text(encoding="utf-8"))
+    one_shot = [row for row in results["rows"] if row["row"] == "update-head" and row["n_shot"] == 1]
+    assert [0.45 < mean < 0.85 for row in one_shot for mean in row["seed_means"]] == [True] * 3
