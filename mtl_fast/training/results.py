@@ -107,7 +107,7 @@ def results(
         device: as in `Config`.
     """
     output, publish = Path(output), Path(publish)
-    config = replace(preset("glyphs"), device=device)
+    config = replace(preset("glyphs-full"), device=device)
     with _pool(workers or os.cpu_count() or 1) as pool:
 
         def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:
