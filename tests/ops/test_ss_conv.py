@@ -226,9 +226,10 @@ def test_effective_weights_serve_only_where_no_gradient_is_asked_for(granularity
         ours = ss_conv(x, replace(conv, effective=doubled))
         assert_near(ours, 2 * ss_conv(x, conv), 1e-14)
         # Of the other kind, they are of no use and left alone.
-        assert torch.equal(
-            ss_conv(x, replace(conv, effective=doubled), fold=False), ss_conv(x, conv, fold=False)
-        )
+        unfolded = replace(doubled, folded=False)
+        assert torch.equal(ss_conv(x, replace(conv, effective=unfolded)), ss_conv(x, conv))
+        bare = replace(conv, norm=None)
+        assert torch.equal(ss_conv(x, replace(bare, effective=doubled)), ss_conv(x, bare))
     y, expected = ss_conv(x, replace(conv, effective=doubled)), ss_conv(x, conv)
     assert torch.equal(y, expected)
     cotangent = random.normal(*y.shape)
