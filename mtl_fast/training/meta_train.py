@@ -325,8 +325,9 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> Tensor:
         gradient.copy_(torch.where(finite, gradient, 0))
     optimizer.step()
     for tensor in tensors():
-        old = before.get(id(tensor))  # None: the first step made it, from zeros
-        tensor.copy_(torch.where(finite.to(tensor.device), tensor, 0 if old is None else old))
+        if tensor.device == finite.device:  # a GPU's step counters are the host's, which must not wait for it
+            old = before.get(id(tensor))  # None: the first step made it, from zeros
+            tensor.copy_(torch.where(finite, tensor, 0 if old is None else old))
     return finite
 
 

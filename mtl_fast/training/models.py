@@ -107,7 +107,7 @@ def square_size(train: ImageStore, val: ImageStore) -> int:
     for store in (train, val):
         if store.image_size != (height, height):
             h, w = store.image_size
-            other = f", those of {train.name} {width}×{height}" if store is val else ""
+            other = f", those of {train.name} {width}×{height}" if store is not train else ""
             raise InputError(
                 f"{store.name}: images are {w}×{h} pixels{other}; a network takes squares of one size; set "
                 f"--data.image-size, such as {min(height, width, h, w)}"

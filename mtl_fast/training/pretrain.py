@@ -143,7 +143,7 @@ class Pretraining:
                 [loss.double() * len(rows), correct.double(), loss.new_tensor(len(rows)).double()]
             ).cpu()
         if not math.isfinite(float(self.sums[0])):
-            raise self._not_finite(f"the loss became {float(loss)}")
+            raise self._not_finite(f"the loss became {float(loss.detach())}")
         self.update += 1
 
     def _seed_dropout(self) -> None:

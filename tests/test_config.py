@@ -1,0 +1,225 @@
+"""Settings: the recipes' numbers, the way to JSON and back, what is out of range."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mtl_fast.config import PRESETS, Config, DataConfig, EncoderConfig, MetaConfig, preset
+from mtl_fast.errors import InputError
+
+# The recipe `paper`, number by number.
+PAPER = {
+    "data.mean": (125.3, 123.0, 113.9),
+    "data.std": (63.0, 62.1, 66.7),
+    "encoder.name": "resnet12",
+    "encoder.form": "common",
+    "encoder.widths": (64, 128, 256, 512),
+    "encoder.dropout": 0.1,
+    "encoder.shortcut_scale_shift": False,
+    "pretrain.optimizer": "sgd",
+    "pretrain.lr": 0.1,
+    "pretrain.warmup_epochs": 0.0,
+    "pretrain.weight_decay": 5e-4,
+    "pretrain.batch_size": 128,
+    "pretrain.epochs": 100,
+    "pretrain.crop": "resized",
+    "pretrain.flip": True,
+    "pretrain.jitter": 0.4,
+    "pretrain.validation_tasks": 600,
+    "pretrain.validate_every": 1,
+    "episodes.n_way": 5,
+    "episodes.n_shot": 1,
+    "episodes.n_query": 15,
+    "episodes.n_query_train": None,
+    "inner.lr": 0.05,
+    "inner.train_steps": 20,
+    "inner.test_steps": 100,
+    "inner.order": "second",
+    "meta.learn": "scale_shift",
+    "meta.last_block_only": False,
+    "meta.granularity": "kernel",
+    "meta.norm": "frozen",
+    "meta.lr": 1e-3,
+    "meta.head_lr": 1e-3,
+    "meta.decay_every": 1000,
+    "meta.lr_floor": 1e-4,
+    "meta.tasks_per_update": 2,
+    "meta.n_tasks": 2 * (10_000 + 5_000),
+    "meta.hard": "resample",
+    "meta.random_tasks_per_round": 20,
+    "meta.hard_tasks_per_round": 10,
+    "meta.validation_tasks": 600,
+    "meta.images_per_chunk": None,
+    "evaluation.n_tasks": 600,
+    "evaluation.split": "test",
+}
+
+
+def setting(config: Config, name: str) -> Any:
+    part, _, field = name.partition(".")
+    return getattr(getattr(config, part), field) if field else getattr(config, part)
+
+
+def with_setting(name: str, value: Any, base: Config | None = None) -> Config:
+    base = base or Config()
+    part, _, field = name.partition(".")
+    return replace(base, **{part: replace(getattr(base, part), **{field: value}) if field else value})
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_default_is_the_recipe_of_the_paper(name: str) -> None:
+    assert setting(preset("paper"), name) == PAPER[name]
+    assert type(setting(preset("paper"), name)) is type(PAPER[name])
+
+
+def test_every_number_of_the_recipe_is_pinned() -> None:
+    named = {
+        f"{part}.{field}"
+        for part, values in dataclasses.asdict(Config()).items()
+        if isinstance(values, dict)
+        for field in values
+    }
+    # Where images come from, how the head starts and how often it is looked at are no part of the recipe.
+    assert named - set(PAPER) == {"data.source", "data.image_size", "meta.head_init", "meta.validate_every"}
+    assert Config() == preset("paper")
+    assert Config().seed == 0
+
+
+def test_the_embedded_recipes_are_one_family() -> None:
+    full, quick = preset("glyphs"), preset("glyphs-quick")
+    assert quick.meta.n_tasks < full.meta.n_tasks
+    assert quick.data == full.data
+    assert full.data.source.startswith("glyphs")
+    assert full.episodes == quick.episodes
+    assert full.episodes.n_way == 5
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(InputError, match="preset 'papper' is unknown; choose one of: paper, glyphs, "):
+        preset("papper")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_go_to_json_and_back(name: str) -> None:
+    config = replace(preset(name), seed=2**40 + 1, device="cuda:1")
+    config = replace(config, data=replace(config.data, source="bilder/Vögel", image_size=84))
+    again = Config.from_dict(json.loads(config.to_json()))
+    assert again == config
+    assert isinstance(again.encoder.widths, tuple)
+    assert isinstance(again.data.mean, tuple)
+    assert "Vögel" in config.to_json()
+    assert Config.from_dict({}) == Config()
+    assert Config.from_dict({"meta": {"lr": 0.5}}) == with_setting("meta.lr", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"sead": 1}, "config: unknown setting 'sead'; known: data, encoder"),
+        ({"meta": {"lr": 1.0, "rate": 2.0}}, "config.meta: unknown setting 'rate'; known: learn"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("seed", -1, "seed is -1; it must be in 0..2**63 - 1"),
+        ("seed", 2**63, "seed is 9223372036854775808"),
+        ("data.std", (60.0, 0.0, 60.0), "data.std is 0.0; it must be positive"),
+        ("data.std", (60.0, math.nan, 60.0), "data.std is nan"),
+        ("data.mean", (math.inf, 0.0, 0.0), "data.mean is inf; it must be finite"),
+        ("data.image_size", 0, "data.image_size is 0; it must be at least 1"),
+        ("encoder.widths", (8, 16, 32), "encoder.widths has 3 numbers; resnet12 takes 4"),
+        ("encoder.widths", (8, 16, 32, 64, 128), "encoder.widths has 5 numbers"),
+        ("encoder.widths", (), "encoder.widths has 0 numbers"),
+        ("encoder.widths", (8, 0, 32, 64), "encoder.widths is 0; it must be at least 1"),
+        ("encoder.dropout", 1.0, "encoder.dropout is 1.0; it must be at least 0 and below 1"),
+        ("encoder.dropout", -0.1, "encoder.dropout is -0.1"),
+        ("encoder.name", "resnet18", "encoder.name is 'resnet18'; choose one of: resnet12, conv4"),
+        ("encoder.form", "pytorch", "encoder.form is 'pytorch'"),
+        ("pretrain.optimizer", "adam", "pretrain.optimizer is 'adam'; choose one of: sgd, adamw"),
+        ("pretrain.lr", 0.0, "pretrain.lr is 0.0; it must be positive and finite"),
+        ("pretrain.lr", -1e-3, "pretrain.lr is -0.001"),
+        ("pretrain.lr", math.inf, "pretrain.lr is inf"),
+        ("pretrain.weight_decay", -1.0, "pretrain.weight_decay is -1.0; it must be at least 0"),
+        ("pretrain.warmup_epochs", math.nan, "pretrain.warmup_epochs is nan"),
+        ("pretrain.batch_size", 0, "pretrain.batch_size is 0; it must be at least 1"),
+        ("pretrain.epochs", 0, "pretrain.epochs is 0"),
+        ("pretrain.jitter", 1.5, "pretrain.jitter is 1.5; it must be in 0..1"),
+        ("pretrain.crop", "random", "pretrain.crop is 'random'; choose one of: none, shift, resized"),
+        ("pretrain.validation_tasks", 0, "pretrain.validation_tasks is 0"),
+        ("pretrain.validate_every", 0, "pretrain.validate_every is 0"),
+        ("episodes.n_way", 1, "episodes.n_way is 1; it must be at least 2"),
+        ("episodes.n_shot", 0, "episodes.n_shot is 0; it must be at least 1"),
+        ("episodes.n_query", -4, "episodes.n_query is -4"),
+        ("episodes.n_query_train", 0, "episodes.n_query_train is 0; it must be at least 1"),
+        ("inner.lr", 0.0, "inner.lr is 0.0; it must be positive"),
+        ("inner.train_steps", -1, "inner.train_steps is -1; it must be at least 0"),
+        ("inner.test_steps", -1, "inner.test_steps is -1"),
+        ("inner.order", "third", "inner.order is 'third'; choose one of: first, second"),
+        ("meta.lr", -1e-3, "meta.lr is -0.001; it must be at least 0 and finite"),
+        ("meta.head_lr", math.nan, "meta.head_lr is nan"),
+        ("meta.lr_floor", -1.0, "meta.lr_floor is -1.0"),
+        ("meta.decay_every", 0, "meta.decay_every is 0"),
+        ("meta.tasks_per_update", 0, "meta.tasks_per_update is 0"),
+        ("meta.n_tasks", 0, "meta.n_tasks is 0"),
+        ("meta.random_tasks_per_round", 0, "meta.random_tasks_per_round is 0"),
+        ("meta.hard_tasks_per_round", 0, "meta.hard_tasks_per_round is 0"),
+        ("meta.validation_tasks", 1, "meta.validation_tasks is 1; it must be at least 2"),
+        ("meta.validate_every", 0, "meta.validate_every is 0"),
+        ("meta.images_per_chunk", 0, "meta.images_per_chunk is 0"),
+        ("meta.hard", "yes", "meta.hard is 'yes'; choose one of: none, resample, reuse"),
+        ("meta.norm", "batch", "meta.norm is 'batch'"),
+        ("evaluation.n_tasks", 1, "evaluation.n_tasks is 1; it must be at least 2"),
+        ("evaluation.split", "dev", "evaluation.split is 'dev'; choose one of: train, val, test"),
+    ],
+)
+def test_what_is_out_of_range_is_named_with_its_range(name: str, value: Any, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        with_setting(name, value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**63 - 1),
+        ("data.image_size", None),
+        ("encoder.dropout", 0.0),
+        ("pretrain.jitter", 1.0),
+        ("pretrain.jitter", 0.0),
+        ("pretrain.weight_decay", 0.0),
+        ("inner.train_steps", 0),
+        ("inner.test_steps", 0),
+        ("meta.lr", 0.0),
+        ("meta.images_per_chunk", 1),
+        ("meta.validation_tasks", 2),
+        ("episodes.n_way", 2),
+    ],
+)
+def test_the_edges_of_a_range_are_inside(name: str, value: Any) -> None:
+    assert setting(with_setting(name, value), name) == value
+
+
+def test_conv4_takes_one_width_or_four() -> None:
+    for widths in ((32,), (32, 32, 32, 32)):
+        assert Config(encoder=EncoderConfig("conv4", widths=widths)).encoder.widths == widths
+    with pytest.raises(InputError, match=r"encoder\.widths has 2 numbers"):
+        Config(encoder=EncoderConfig("conv4", widths=(32, 32)))
+
+
+def test_numbers_are_checked_by_the_whole_not_by_the_parts() -> None:
+    """A part is built by the command line's parser, which would put the error into a box of its own."""
+    assert MetaConfig(lr=-1.0).lr == -1.0
+    assert DataConfig(std=(0.0, 0.0, 0.0)).std[0] == 0.0

@@ -1,0 +1,25 @@
+"""Finished tiny runs that many tests start from; nobody writes to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import tiny
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pre-training run that was left alone."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tiny.pretraining(folder).run()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def meta_trained(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a meta-training run with hard tasks that was left alone."""
+    folder = tmp_path_factory.mktemp("meta-trained")
+    tiny.meta_training(folder, pretrained).run()
+    return folder

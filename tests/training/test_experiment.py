@@ -1,0 +1,119 @@
+"""One seed's comparison: what each row learns, where it lies, and that choices see the validation split only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtl_fast.data.store import ImageStore
+from mtl_fast.engine.evaluate import embed_episodes, fit_and_score
+from mtl_fast.nn import LinearHead
+from mtl_fast.training import experiment as module
+from mtl_fast.training.experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
+from mtl_fast.training.models import preprocess_of
+from mtl_fast.training.pretrain import validation_episodes
+from tests.training import tiny
+
+CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The splits that were loaded."""
+    seen: list[str] = []
+
+    def load(source: str, split: str, size: int | None) -> ImageStore:
+        seen.append(split)
+        return tiny.split(split)
+
+    monkeypatch.setattr(module, "load_split", load)
+    return seen
+
+
+def test_rows_differ_in_what_they_say(loaded: list[str], tmp_path: Path) -> None:
+    experiment = Experiment(CONFIG, tmp_path)
+    rows = {row.key: experiment.meta_train(row, 1).config.meta for row in (FT_HEAD, FT_ALL, SS, SS_HT)}
+    assert {key: (meta.learn, meta.hard) for key, meta in rows.items()} == {
+        "ft-head": ("head", "none"),
+        "ft-all": ("weights", "none"),
+        "ss": ("scale_shift", "none"),
+        "ss-ht": ("scale_shift", "resample"),
+    }
+    assert {replace(meta, learn="head", hard="none") for meta in rows.values()} == {
+        replace(CONFIG.meta, learn="head", hard="none")
+    }
+    # Each split once, however many runs.
+    assert sorted(loaded) == ["test", "train", "val"]
+    folders = sorted(path.name for path in tmp_path.iterdir())
+    assert folders == ["ft-all-1shot", "ft-head-1shot", "pretrain", "ss-1shot", "ss-ht-1shot"]
+
+
+def test_a_rate_is_that_of_what_the_row_learns(loaded: list[str], tmp_path: Path) -> None:
+    experiment = Experiment(CONFIG, tmp_path)
+    head, scales = experiment.meta_train(FT_HEAD, 2, lr=0.25), experiment.meta_train(SS, 2, lr=0.25)
+    assert (head.config.meta.lr, head.config.meta.head_lr) == (CONFIG.meta.lr, 0.25)
+    assert (scales.config.meta.lr, scales.config.meta.head_lr) == (0.25, CONFIG.meta.head_lr)
+    assert {head.config.episodes.n_shot, scales.config.episodes.n_shot} == {2}
+    assert (tmp_path / "ss-2shot-lr0.25" / "model.safetensors").exists()
+
+
+def test_pretraining_is_one_shot_and_made_once(
+    loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment(replace(CONFIG, episodes=replace(CONFIG.episodes, n_shot=5)), tmp_path)
+    first = experiment.pretrain()
+    assert first.config.episodes.n_shot == 1
+    monkeypatch.setattr(module.Pretraining, "_update", lambda self: pytest.fail("trained again"))
+    assert tiny.same_tensors(first.encoder.state_dict(), experiment.pretrain().encoder.state_dict())
+
+
+def test_the_inner_loop_is_the_best_of_the_grid_on_the_validation_split(
+    loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1), (0.3, 7), (1.0, 40)))
+    experiment = Experiment(CONFIG, tmp_path)
+    model = experiment.pretrain()
+    test_split, tested = tiny.split("test"), []
+    original = module.embed_episodes
+
+    def spy(encoder: object, store: ImageStore, *rest: object) -> object:
+        tested.append(store)
+        return original(encoder, store, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "embed_episodes", spy)
+    inner = experiment.choose_inner(model, 1)
+    assert tested == [tiny.split("val")]
+    assert test_split not in tested
+    config = experiment.with_shot(1)
+    episodes = validation_episodes(config, tiny.split("val"), config.meta.validation_tasks)
+    embedded = embed_episodes(model.encoder, tiny.split("val"), episodes, preprocess_of(config))
+    accuracies = {
+        (lr, steps): float(
+            fit_and_score(
+                embedded, LinearHead(4, 3, init="zeros"), inner_lr=lr, inner_steps=steps
+            ).accuracy.mean()
+        )
+        for lr, steps in module.INNER_GRID
+    }
+    assert accuracies[inner.lr, inner.test_steps] == max(accuracies.values())
+    assert (inner.train_steps, inner.order) == (CONFIG.inner.train_steps, CONFIG.inner.order)
+
+
+def test_all_rows_are_tested_on_the_same_tasks(loaded: list[str], tmp_path: Path) -> None:
+    experiment = Experiment(CONFIG, tmp_path)
+    pretrained, meta = experiment.pretrain(), experiment.meta_train(SS, 1)
+    inner = replace(CONFIG.inner, lr=0.3, test_steps=7)
+    (a, _, tasks_a), (b, evaluation, tasks_b) = (
+        experiment.test(pretrained, 1, inner),
+        experiment.test(meta, 1),
+    )
+    assert torch.equal(tasks_a.support, tasks_b.support)
+    assert torch.equal(tasks_a.query, tasks_b.query)
+    assert a.config.inner == inner
+    assert b.config.inner == CONFIG.inner
+    assert torch.equal(b.task_accuracy, evaluation.accuracy)
+    assert {a.config.evaluation.split, b.config.evaluation.split} == {"test"}
+    assert UPDATE_HEAD.label != SS.label
