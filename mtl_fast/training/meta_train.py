@@ -5,41 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import Config, MetaConfig
-from ..data import load_split
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
 from ..engine.step import EpisodicEngine
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
-from ..random_streams import RandomStreams
 from . import checkpoint
 from .logging import RunLog
 from .models import (
     Model,
     architecture,
-    device_of,
     facts_of,
     fingerprint,
     learnable,
     load_model,
-    load_weights,
     new_head,
-    preprocess_of,
-    save_model,
-    square_size,
     weights_of,
 )
+from .phase import Phase
 from .pretrain import validation_episodes
-from .run import RunFolder, prefixed, stop_on_ctrl_c
 from .statistics import mean_interval
 
 
-class MetaTraining:
+class MetaTraining(Phase):
     """The state of a meta-training run and its loop.
 
     A round is K random tasks, `tasks_per_update` of them an Adam step, then (with hard tasking) K' hard tasks
@@ -54,6 +48,9 @@ class MetaTraining:
         train, val: the splits; None loads them from `config.data.source`.
     """
 
+    name, command, kind = "meta-training", "meta-train", "meta"
+    reports_start = True  # the curve begins with the pre-trained network
+
     def __init__(
         self,
         config: Config,
@@ -64,19 +61,14 @@ class MetaTraining:
         train: ImageStore | None = None,
         val: ImageStore | None = None,
     ) -> None:
-        self.config, self.meta = config, config.meta
-        check_rounds(self.meta)
-        self.device = device_of(config)
-        size = config.data.image_size
-        train = (load_split(config.data.source, "train", size) if train is None else train).to(self.device)
-        self.val = (load_split(config.data.source, "val", size) if val is None else val).to(self.device)
-        self.image_size = square_size(train, self.val)
+        check_rounds(config.meta)
+        super().__init__(config, train, val)
+        self.meta = config.meta
         checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
         check_normalisation(config, pretrained)
-        self.streams = RandomStreams(config.seed)
         self.encoder = pretrained.encoder.to(self.device)
         inputs = {
-            "train": facts_of(train),
+            "train": facts_of(self.train),
             "val": facts_of(self.val),
             "pretrained": fingerprint(weights_of(self.encoder)),
         }
@@ -85,7 +77,7 @@ class MetaTraining:
         self.optimizer = _adam(self.meta, self.moved, list(self.head.parameters()))
         shape = config.episodes
         self.sampler = EpisodeSampler(
-            train,
+            self.train,
             shape.n_way,
             shape.n_shot,
             shape.n_query if shape.n_query_train is None else shape.n_query_train,
@@ -94,11 +86,10 @@ class MetaTraining:
         self.pool: HardTaskPool | None = None
         if self.meta.hard != "none":
             self.pool = HardTaskPool(self.sampler, self.meta.hard, self.streams.stream("hard_tasks"))
-        self.preprocess = preprocess_of(config)
         self.engine = EpisodicEngine(
             self.encoder,
             self.head,
-            train,
+            self.train,
             self.preprocess,
             norm=self.meta.norm,
             order=config.inner.order,
@@ -108,54 +99,9 @@ class MetaTraining:
         )
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
-        self.update = 0
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.best: dict[str, Tensor] = {}
-        self.best_accuracy, self.best_update = -1.0, 0
-        self.curve: list[list[float]] = []
-        self.folder = RunFolder(output, config, resume=resume, inputs=inputs)
-        if self.folder.resumed:
-            self._restore()
-
-    def run(self) -> Path:
-        """Runs to the end and returns the model file.
-
-        Raises:
-            InputError: the loss became non-finite.
-            Interrupted: Ctrl-C; the state is saved.
-        """
-        if self.update >= self.total and self.folder.model.exists():
-            return self.folder.model
-        every = max(1, self.meta.validate_every // self.meta.tasks_per_update)
-        log = RunLog(self.folder.path, phase="meta-train", total=self.total, unit="update", step=self.update)
-        with log, stop_on_ctrl_c() as stop:
-            if self.update == 0 and not self.curve:
-                self._validate(log)
-            while self.update < self.total:
-                self._update()
-                if self.update % every == 0 or self.update == self.total:
-                    self._validate(log)
-                    self._save()
-                elif stop.requested:
-                    self._require_finite()
-                    self._save()
-                if stop.requested and self.update < self.total:
-                    raise self.folder.interrupted(f"meta-training after update {self.update} of {self.total}")
-                log.advance(self.update)
-        save_model(
-            self.folder.model,
-            "meta",
-            self.config,
-            self.best,
-            image_size=self.image_size,
-            validation_accuracy=self.best_accuracy,
-            tasks=self.best_update * self.meta.tasks_per_update,
-            curve=self.curve,
-        )
-        if stop.requested:
-            raise self.folder.interrupted(f"meta-training after its last update, {self.total}")
-        return self.folder.model
+        self._open(output, resume=resume, inputs=inputs)
 
     def next_episodes(self) -> tuple[Episodes, bool]:
         """The tasks of the next update, and whether they are hard ones."""
@@ -195,8 +141,11 @@ class MetaTraining:
                 f"(now {self.config.inner.lr:g})"
             )
 
-    def _validate(self, log: RunLog) -> None:
-        self._require_finite()
+    def _is_checkpoint(self) -> bool:
+        every = max(1, self.meta.validate_every // self.meta.tasks_per_update)
+        return self.update % every == 0 or self.update == self.total
+
+    def _report(self, log: RunLog) -> None:
         inner = self.config.inner
         result = evaluate(
             self.encoder,
@@ -211,9 +160,7 @@ class MetaTraining:
         mean, interval = mean_interval(result.accuracy)
         tasks = self.update * self.meta.tasks_per_update
         self.curve.append([tasks, mean, interval])
-        if mean > self.best_accuracy:
-            self.best_accuracy, self.best_update = mean, self.update
-            self.best = weights_of(self.encoder, self.head)
+        self._keep_if_best(mean)
         row = {"tasks": tasks, "validation_accuracy": mean, "validation_interval": interval}
         if self.update:
             loss, accuracy = (self.sums[:2] / self.sums[2]).tolist()
@@ -221,39 +168,19 @@ class MetaTraining:
             self.sums.zero_()
         log.row(self.update, **row)
 
-    def _save(self) -> None:
-        optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
-        self.folder.save(
-            optimizer
-            | prefixed(
-                current=weights_of(self.encoder, self.head),
-                best=self.best,
-                streams=self.streams.state_dict(),
-                pool={} if self.pool is None else self.pool.state_dict(),
-                loop={"sums": self.sums},
-            ),
-            {
-                "phase": "meta-train",
-                "update": self.update,
-                "optimizer": optimizer_state,
-                "best_accuracy": self.best_accuracy,
-                "best_update": self.best_update,
-                "curve": self.curve,
-            },
-        )
+    def _best_weights(self) -> dict[str, Tensor]:
+        return weights_of(self.encoder, self.head)
 
-    def _restore(self) -> None:
-        folder, meta = self.folder, self.folder.meta
-        if meta.get("phase") != "meta-train":
-            raise InputError(f"{folder.checkpoint}: is of phase {meta.get('phase')!r}, not of meta-training")
-        load_weights(folder.section("current"), self.encoder, self.head)
-        checkpoint.unpack_optimizer(self.optimizer, folder.tensors, meta["optimizer"])
-        self.streams.load_state_dict(folder.section("streams"))
+    def _model_facts(self) -> dict[str, Any]:
+        return {"tasks": self.best_update * self.meta.tasks_per_update}
+
+    def _loop_state(self) -> dict[str, dict[str, Tensor]]:
+        return {"loop": {"sums": self.sums}, "pool": {} if self.pool is None else self.pool.state_dict()}
+
+    def _load_loop_state(self) -> None:
+        self.sums = self.folder.section("loop")["sums"].to(self.device)
         if self.pool is not None:
-            self.pool.load_state_dict(folder.section("pool"))
-        self.sums, self.best = folder.section("loop")["sums"].to(self.device), folder.section("best")
-        self.update, self.curve = meta["update"], meta["curve"]
-        self.best_accuracy, self.best_update = meta["best_accuracy"], meta["best_update"]
+            self.pool.load_state_dict(self.folder.section("pool"))
 
 
 def check_rounds(meta: MetaConfig) -> None:

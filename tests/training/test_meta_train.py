@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import re
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtl_fast.config import Config, MetaConfig
+from mtl_fast.config import MetaConfig
 from mtl_fast.engine.evaluate import Evaluation
 from mtl_fast.engine.step import StepOutput
 from mtl_fast.episodes import Episodes
 from mtl_fast.errors import InputError
 from mtl_fast.training import meta_train
-from mtl_fast.training.meta_train import MetaTraining, check_rounds, guarded_step, set_rates
+from mtl_fast.training.meta_train import MetaTraining, check_rounds
 from mtl_fast.training.models import load_model, weights_of
 from mtl_fast.training.run import Interrupted
 from tests.training import tiny
-from tests.training.tiny import CONFIG
-
-
-def at_update(run: MetaTraining, update: int, do: Callable[[], object]) -> None:
-    """Does something in the middle of the run, at the beginning of that update."""
-    original = run._update
-
-    def hooked() -> None:
-        if run.update == update:
-            do()
-        original()
-
-    run._update = hooked  # type: ignore[method-assign]
-
-
-def ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
+from tests.training.tiny import CONFIG, at_update, ctrl_c
 
 
 def watched(run: MetaTraining) -> list[tuple[str, Any]]:
@@ -250,101 +230,6 @@ def test_training_tasks_may_have_another_number_of_queries(pretrained: Path, tmp
     assert run.validation.n_query == 4
 
 
-def test_both_rates_are_halved_down_to_the_floor() -> None:
-    meta = MetaConfig(lr=1e-3, head_lr=4e-4, decay_every=7, lr_floor=1e-4)
-    optimizer = meta_train._adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
-    # start/2, start/4, …, each at least the floor
-    for update, moved, head in (
-        (0, 1e-3, 4e-4),
-        (6, 1e-3, 4e-4),
-        (7, 5e-4, 2e-4),
-        (13, 5e-4, 2e-4),
-        (14, 2.5e-4, 1e-4),
-        (21, 1.25e-4, 1e-4),
-        (28, 1e-4, 1e-4),
-        (70_000, 1e-4, 1e-4),
-    ):
-        set_rates(optimizer, meta, update)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([moved, head], rel=1e-12)
-    low = MetaConfig(lr=5e-5, head_lr=0.0, lr_floor=1e-4, decay_every=1)
-    optimizer = meta_train._adam(low, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
-    set_rates(optimizer, low, 9)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 0.0]
-
-
-def test_hard_updates_count_in_the_schedule_of_rates(pretrained: Path, tmp_path: Path) -> None:
-    config = tiny.with_meta(decay_every=3, lr=8e-3, head_lr=4e-3, lr_floor=1.5e-3)
-    run = tiny.meta_training(tmp_path, pretrained, config)
-    rates = []
-    step = run.optimizer.step
-    run.optimizer.step = lambda: rates.append([g["lr"] for g in run.optimizer.param_groups]) or step()  # type: ignore[func-returns-value,method-assign,assignment]
-    run.run()
-    assert rates == [[8e-3, 4e-3]] * 3 + [[4e-3, 2e-3]] * 3 + [[2e-3, 1.5e-3]] * 3 + [[1.5e-3, 1.5e-3]]
-
-
-def quadratic(seed: int) -> tuple[list[nn.Parameter], torch.optim.Adam]:
-    g = torch.Generator().manual_seed(seed)
-    parameters = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((3, 5), (7,), ())]
-    return parameters, torch.optim.Adam(parameters, lr=0.01)
-
-
-def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
-    g = torch.Generator().manual_seed(100 + step)
-    for p in parameters:
-        p.grad = torch.randn(p.shape, generator=g)
-
-
-def state_of(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [
-        tensor.detach().clone()
-        for p in parameters
-        for tensor in (p, *(v for v in optimizer.state[p].values() if isinstance(v, Tensor)))
-    ]
-
-
-def test_the_guarded_step_is_adam_where_all_is_finite() -> None:
-    (guarded, g_adam), (plain, p_adam) = quadratic(0), quadratic(0)
-    for step in range(4):
-        give_gradients(guarded, step)
-        give_gradients(plain, step)
-        assert bool(guarded_step(g_adam, torch.tensor(True)))
-        p_adam.step()
-    pairs = zip(state_of(guarded, g_adam), state_of(plain, p_adam), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("before", [0, 2])
-@pytest.mark.parametrize("wrong", ["loss", "nan gradient", "inf gradient"])
-def test_the_guarded_step_leaves_all_as_it_was_where_something_is_not_finite(wrong: str, before: int) -> None:
-    """And the steps after it are those of a run that never had it."""
-    (guarded, g_adam), (plain, p_adam) = quadratic(1), quadratic(1)
-    for step in range(before):
-        for parameters, adam in ((guarded, g_adam), (plain, p_adam)):
-            give_gradients(parameters, step)
-            guarded_step(adam, torch.tensor(True))
-    give_gradients(guarded, 7)
-    weights = [p.detach().clone() for p in guarded]
-    if wrong != "loss":
-        assert guarded[1].grad is not None
-        guarded[1].grad[3] = math.nan if wrong == "nan gradient" else -math.inf
-    assert not bool(guarded_step(g_adam, torch.tensor(wrong != "loss")))
-    assert all(torch.equal(p, w) for p, w in zip(guarded, weights, strict=True))
-    for parameters, adam in ((guarded, g_adam), (plain, p_adam)):
-        give_gradients(parameters, 8)
-        guarded_step(adam, torch.tensor(True))
-    pairs = zip(state_of(guarded, g_adam), state_of(plain, p_adam), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_parameters_without_a_gradient_are_no_matter() -> None:
-    parameters, adam = quadratic(2)
-    give_gradients(parameters, 0)
-    parameters[2].grad = None
-    before = parameters[2].detach().clone()
-    assert bool(guarded_step(adam, torch.tensor(True)))
-    assert torch.equal(parameters[2], before)
-
-
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_what_is_not_finite_leaves_what_was_saved(
@@ -473,70 +358,3 @@ def test_the_pretrained_network_starts_as_it_was(pretrained: Path, tmp_path: Pat
     x = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(run.encoder(x), plain.encoder(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        (
-            replace(CONFIG, encoder=replace(CONFIG.encoder, widths=(4, 4, 4, 8))),
-            "encoder.widths is [4, 4, 4, 4] there",
-        ),
-        (
-            replace(CONFIG, encoder=replace(CONFIG.encoder, form="tensorflow")),
-            'encoder.form is "common" there',
-        ),
-        (
-            replace(CONFIG, data=replace(CONFIG.data, mean=(0.0, 0.0, 0.0))),
-            "pre-trained with --data.mean 127.5 127.5 127.5, not 0.0 0.0 0.0",
-        ),
-        (replace(CONFIG, data=replace(CONFIG.data, std=(64.0, 64.0, 1.0))), "--data.std 64.0 64.0 64.0"),
-    ],
-)
-def test_an_encoder_of_another_run_is_named(
-    config: Config, says: str, pretrained: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=re.escape(says)) as caught:
-        tiny.meta_training(tmp_path / "run", pretrained, config)
-    assert str(pretrained / "model.safetensors") in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_images_of_another_size_are_named(pretrained: Path, tmp_path: Path) -> None:
-    stores = {name: tiny.a_store(name, 0, size=18) for name in ("train", "val")}
-    with pytest.raises(InputError, match="image_size is 16 there and 18 here"):
-        tiny.meta_training(tmp_path / "run", pretrained, **stores)
-
-
-def test_a_run_goes_on_only_from_the_encoder_it_began_with(
-    pretrained: Path, meta_trained: Path, tmp_path: Path
-) -> None:
-    model = copy.deepcopy(load_model(pretrained))
-    with torch.no_grad():
-        next(model.encoder.parameters()).add_(1e-3)
-    before = (meta_trained / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"another encoder \(pretrained is"):
-        MetaTraining(CONFIG, model, meta_trained, resume=True, **tiny.splits())
-    assert (meta_trained / "checkpoint.safetensors").read_bytes() == before
-
-
-def test_classes_fewer_than_a_task_needs_are_named(pretrained: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="few: 2 classes, fewer than n_way = 3"):
-        tiny.meta_training(tmp_path / "run", pretrained, train=tiny.a_store("few", 0, n_classes=2))
-    # A pool cannot hold more classes than there are: with just n_way of them every task has them all.
-    run = tiny.meta_training(
-        tmp_path / "just", pretrained, tiny.with_meta(n_tasks=6), train=tiny.a_store("just", 0, n_classes=3)
-    )
-    assert run.run().exists()
-
-
-def test_the_command_takes_the_network_from_the_pretrained_model(
-    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meta_train, "load_split", lambda source, split, size: tiny.split(split))
-    config = replace(tiny.with_meta(n_tasks=2, hard="none"), encoder=Config().encoder)
-    path = meta_train.meta_train(config, pretrained, tmp_path)
-    assert load_model(path).config.encoder == CONFIG.encoder
-    with pytest.raises(InputError, match="holds a meta model where a pretrained one is needed"):
-        meta_train.meta_train(config, path, tmp_path / "again")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,30 +15,14 @@ from torch import Tensor
 from mtl_fast.config import Config, PretrainConfig
 from mtl_fast.errors import InputError
 from mtl_fast.nn import LinearHead
-from mtl_fast.training import checkpoint, pretrain
+from mtl_fast.training import checkpoint, phase, pretrain
 from mtl_fast.training.models import build_encoder, load_model, weights_of
-from mtl_fast.training.pretrain import Pretraining, learning_rate, validation_episodes
+from mtl_fast.training.pretrain import learning_rate, validation_episodes
 from mtl_fast.training.run import Interrupted
 from tests.training import tiny
-from tests.training.tiny import CONFIG
+from tests.training.tiny import CONFIG, at_update, ctrl_c
 
 EPOCH = 7 * 24 // CONFIG.pretrain.batch_size  # updates
-
-
-def at_update(run: Pretraining, update: int, do: Callable[[], object]) -> None:
-    """Does something in the middle of the run, at the beginning of that update."""
-    original = run._update
-
-    def hooked() -> None:
-        if run.update == update:
-            do()
-        original()
-
-    run._update = hooked  # type: ignore[method-assign]
-
-
-def ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 def test_one_seed_gives_the_same_bits_and_another_gives_others(pretrained: Path, tmp_path: Path) -> None:
@@ -319,7 +301,7 @@ def test_validation_of_the_command_is_one_shot(tmp_path: Path, monkeypatch: pyte
         asked.append((source, split, size))
         return tiny.split(split)
 
-    monkeypatch.setattr(pretrain, "load_split", load)
+    monkeypatch.setattr(phase, "load_split", load)
     five = replace(CONFIG, episodes=replace(CONFIG.episodes, n_shot=5))
     path = pretrain.pretrain(tiny.with_pretrain(five, epochs=1), tmp_path)
     assert load_model(path).config.episodes.n_shot == 1

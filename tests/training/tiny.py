@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,7 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.training import checkpoint
 from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.models import load_model
+from mtl_fast.training.phase import Phase
 from mtl_fast.training.pretrain import Pretraining
 
 # A checkpoint each 4 updates of 3-update rounds: the pool is not empty there.
@@ -129,3 +132,20 @@ def write_class_folders(root: Path, *, n_classes: int = 6, n_images: int = 8, si
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.numpy()).save(file, compress_level=1)
     return root
+
+
+def at_update(run: Phase, update: int, do: Callable[[], object]) -> None:
+    """Does something in the middle of the run, at the beginning of that update."""
+    original = run._update
+
+    def hooked() -> None:
+        if run.update == update:
+            do()
+        original()
+
+    run._update = hooked  # type: ignore[method-assign]
+
+
+def ctrl_c() -> None:
+    """The signal that Ctrl-C sends."""
+    signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,110 @@
+"""The meta-update: rates that are halved, and a step that nothing non-finite gets through."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtl_fast.config import MetaConfig
+from mtl_fast.training import meta_train
+from mtl_fast.training.meta_train import guarded_step, set_rates
+from tests.training import tiny
+
+
+def test_both_rates_are_halved_down_to_the_floor() -> None:
+    meta = MetaConfig(lr=1e-3, head_lr=4e-4, decay_every=7, lr_floor=1e-4)
+    optimizer = meta_train._adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    # start/2, start/4, …, each at least the floor
+    for update, moved, head in (
+        (0, 1e-3, 4e-4),
+        (6, 1e-3, 4e-4),
+        (7, 5e-4, 2e-4),
+        (13, 5e-4, 2e-4),
+        (14, 2.5e-4, 1e-4),
+        (21, 1.25e-4, 1e-4),
+        (28, 1e-4, 1e-4),
+        (70_000, 1e-4, 1e-4),
+    ):
+        set_rates(optimizer, meta, update)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([moved, head], rel=1e-12)
+    low = MetaConfig(lr=5e-5, head_lr=0.0, lr_floor=1e-4, decay_every=1)
+    optimizer = meta_train._adam(low, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    set_rates(optimizer, low, 9)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 0.0]
+
+
+def test_hard_updates_count_in_the_schedule_of_rates(pretrained: Path, tmp_path: Path) -> None:
+    config = tiny.with_meta(decay_every=3, lr=8e-3, head_lr=4e-3, lr_floor=1.5e-3)
+    run = tiny.meta_training(tmp_path, pretrained, config)
+    rates = []
+    step = run.optimizer.step
+    run.optimizer.step = lambda: rates.append([g["lr"] for g in run.optimizer.param_groups]) or step()  # type: ignore[func-returns-value,method-assign,assignment]
+    run.run()
+    assert rates == [[8e-3, 4e-3]] * 3 + [[4e-3, 2e-3]] * 3 + [[2e-3, 1.5e-3]] * 3 + [[1.5e-3, 1.5e-3]]
+
+
+def quadratic(seed: int) -> tuple[list[nn.Parameter], torch.optim.Adam]:
+    g = torch.Generator().manual_seed(seed)
+    parameters = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((3, 5), (7,), ())]
+    return parameters, torch.optim.Adam(parameters, lr=0.01)
+
+
+def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    g = torch.Generator().manual_seed(100 + step)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=g)
+
+
+def state_of(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [
+        tensor.detach().clone()
+        for p in parameters
+        for tensor in (p, *(v for v in optimizer.state[p].values() if isinstance(v, Tensor)))
+    ]
+
+
+def test_the_guarded_step_is_adam_where_all_is_finite() -> None:
+    (guarded, g_adam), (plain, p_adam) = quadratic(0), quadratic(0)
+    for step in range(4):
+        give_gradients(guarded, step)
+        give_gradients(plain, step)
+        assert bool(guarded_step(g_adam, torch.tensor(True)))
+        p_adam.step()
+    pairs = zip(state_of(guarded, g_adam), state_of(plain, p_adam), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("wrong", ["loss", "nan gradient", "inf gradient"])
+def test_the_guarded_step_leaves_all_as_it_was_where_something_is_not_finite(wrong: str, before: int) -> None:
+    """And the steps after it are those of a run that never had it."""
+    (guarded, g_adam), (plain, p_adam) = quadratic(1), quadratic(1)
+    for step in range(before):
+        for parameters, adam in ((guarded, g_adam), (plain, p_adam)):
+            give_gradients(parameters, step)
+            guarded_step(adam, torch.tensor(True))
+    give_gradients(guarded, 7)
+    weights = [p.detach().clone() for p in guarded]
+    if wrong != "loss":
+        assert guarded[1].grad is not None
+        guarded[1].grad[3] = math.nan if wrong == "nan gradient" else -math.inf
+    assert not bool(guarded_step(g_adam, torch.tensor(wrong != "loss")))
+    assert all(torch.equal(p, w) for p, w in zip(guarded, weights, strict=True))
+    for parameters, adam in ((guarded, g_adam), (plain, p_adam)):
+        give_gradients(parameters, 8)
+        guarded_step(adam, torch.tensor(True))
+    pairs = zip(state_of(guarded, g_adam), state_of(plain, p_adam), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_parameters_without_a_gradient_are_no_matter() -> None:
+    parameters, adam = quadratic(2)
+    give_gradients(parameters, 0)
+    parameters[2].grad = None
+    before = parameters[2].detach().clone()
+    assert bool(guarded_step(adam, torch.tensor(True)))
+    assert torch.equal(parameters[2], before)
