@@ -66,7 +66,9 @@ class Phase(ABC):
         """
         if self.update >= self.total and self.folder.model.exists():
             return self.folder.model
-        log = RunLog(self.folder.path, phase=self.command, total=self.total, unit="update", step=self.update)
+        folder = self.folder.path
+        label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
+        log = RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)
         with log, stop_on_ctrl_c() as stop:
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
