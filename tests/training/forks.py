@@ -47,7 +47,8 @@ class Forks:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.kill()
+        self._process.wait()
         self._process.stdout.close()
 
 
