@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -151,9 +152,18 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _quiet_worker() -> None:
-    """One thread a run, and the parent's bar as the only progress."""
+    """One thread a run, the parent's bar as the only progress, and no life after the parent's."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the worker
+
+
+def _end_with_parent() -> None:
+    # Otherwise a killed command's workers would go on writing into folders that the next one uses.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +88,33 @@ def test_pictures_are_drawn(cells: list[Cell], best: dict[tuple[str, int], Cell]
     draw_curves(tmp_path / "curves.png", {key: results._mean_curve(cell) for key, cell in best.items()})
     report.rate_sensitivity_figure(tmp_path / "rates.png", {"1-shot": results._rate_curves(cells)})
     assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "rates.png"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
+def test_workers_do_not_outlive_a_killed_command() -> None:
+    code = (
+        "import os, time\n"
+        "from mtl_fast.training.results import _pool\n"
+        "if __name__ == '__main__':\n"
+        "    with _pool(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 100).result()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        worker = int(command.stdout.readline())
+        os.kill(worker, 0)  # it lives
+        command.kill()
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(worker)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody has waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
