@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -67,17 +68,12 @@ class Results:
         results(self.output, self.publish, seeds=self.seeds, workers=self.workers, device=self.device)
 
 
-@dataclass(frozen=True)
-class Pretrain:
-    """Pre-train an encoder on all training classes; the best epoch by 1-shot validation episodes is kept."""
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What both trainings ask for."""
 
     output: Path
     """Folder of this run."""
-    data: DataConfig
-    encoder: EncoderConfig
-    pretrain: PretrainConfig
-    episodes: EpisodeConfig
-    inner: InnerConfig
     preset: str = "paper"
     """Recipe that gives every setting its default."""
     seed: int = 0
@@ -86,58 +82,43 @@ class Pretrain:
     """`auto`, `cpu`, `cuda`, …"""
     resume: bool = False
     """Go on where the run in the output folder stopped."""
+    data: DataConfig
+    episodes: EpisodeConfig
+    inner: InnerConfig
+
+    def config(self, **parts: Any) -> Config:
+        """The recipe with this command's settings."""
+        common = {name: getattr(self, name) for name in ("data", "episodes", "inner", "seed", "device")}
+        return replace(preset(self.preset), **common, **parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(_Run):
+    """Pre-train an encoder on all training classes; the best epoch by 1-shot validation episodes is kept."""
+
+    encoder: EncoderConfig
+    pretrain: PretrainConfig
 
     def run(self) -> None:
         from .training.pretrain import pretrain
 
-        config = replace(
-            preset(self.preset),
-            data=self.data,
-            encoder=self.encoder,
-            pretrain=self.pretrain,
-            episodes=self.episodes,
-            inner=self.inner,
-            seed=self.seed,
-            device=self.device,
-        )
+        config = self.config(encoder=self.encoder, pretrain=self.pretrain)
         path = pretrain(config, self.output, resume=self.resume)
         print(f"pre-trained encoder: {path}")
 
 
-@dataclass(frozen=True)
-class MetaTrain:
+@dataclass(frozen=True, kw_only=True)
+class MetaTrain(_Run):
     """Learn scale and shift (or weights) and the head's start across tasks, with or without hard tasks."""
 
     pretrained: Path
     """Model file, or run folder, of `mtl-fast pretrain`."""
-    output: Path
-    """Folder of this run."""
-    data: DataConfig
-    episodes: EpisodeConfig
-    inner: InnerConfig
     meta: MetaConfig
-    preset: str = "paper"
-    """Recipe that gives every setting its default."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, …"""
-    resume: bool = False
-    """Go on where the run in the output folder stopped."""
 
     def run(self) -> None:
         from .training.meta_train import meta_train
 
-        config = replace(
-            preset(self.preset),
-            data=self.data,
-            episodes=self.episodes,
-            inner=self.inner,
-            meta=self.meta,
-            seed=self.seed,
-            device=self.device,
-        )
-        path = meta_train(config, self.pretrained, self.output, resume=self.resume)
+        path = meta_train(self.config(meta=self.meta), self.pretrained, self.output, resume=self.resume)
         print(f"meta-trained model: {path}")
 
 
@@ -175,14 +156,16 @@ class Evaluate:
 
 def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
+    common: dict[str, Any] = {
+        "output": tyro.MISSING,
+        "data": config.data,
+        "episodes": config.episodes,
+        "inner": config.inner,
+    }
     return {
         "demo": Demo(),
-        "pretrain": Pretrain(
-            tyro.MISSING, config.data, config.encoder, config.pretrain, config.episodes, config.inner
-        ),
-        "meta-train": MetaTrain(
-            tyro.MISSING, tyro.MISSING, config.data, config.episodes, config.inner, config.meta
-        ),
+        "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain),
+        "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
         "evaluate": Evaluate(tyro.MISSING),
         "results": Results(),
     }
@@ -240,6 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "mtl-fast: interrupted; what was saved is kept, and --resume goes on from there", file=sys.stderr
         )
         return 130
+    except BrokenPipeError:
+        # The reader went away (`… --help | head`); Python must not fail again when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

@@ -355,3 +355,13 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
     assert "mtl-fast demo" in done.stdout
     assert after.ru_utime - before.ru_utime < 3
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "mtl_fast", "meta-train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Embeddings(NamedTuple):
     statistics: Statistics
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base of the encoders: images [N, 3, H, W] → features [N, feature_dim].
 
     In training mode (pre-training) a plain call is an ordinary network: batch statistics of the whole batch,
@@ -36,6 +37,7 @@ class Encoder(nn.Module):
     fold: bool = True
     dropout_generator: torch.Generator | None = None
 
+    @abstractmethod
     def embed(
         self,
         images: Tensor,
@@ -52,11 +54,10 @@ class Encoder(nn.Module):
             mask: bool [N], images that count in batch statistics.
             weights: this meta-step's `refresh()`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The encoder's blocks, first to last; "Θ4" in the ablations is the last one."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] → [N, feature_dim]; see the class for what training mode changes."""

@@ -25,7 +25,7 @@ from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
 from .evaluate import save_score
 from .experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment, Row
-from .run import write_text
+from .run import Interrupted, write_text
 from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
 
 SHOTS = (1, 5)
@@ -146,6 +146,9 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
         try:
             yield pool
+        except (Interrupted, KeyboardInterrupt):
+            pool.shutdown(cancel_futures=True)
+            raise Interrupted("stopped; what was made is kept, and the same command goes on") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -122,8 +122,6 @@ def test_stored_statistics_treat_images_apart_batch_statistics_together(make: Ca
     assert not torch.allclose(encoder.embed(x, n_groups=1).features, encoder.embed(x, n_groups=2).features)
 
 
-def test_the_base_promises_and_does_nothing() -> None:
-    with pytest.raises(NotImplementedError):
-        Base().embed(images())
-    with pytest.raises(NotImplementedError):
-        Base().blocks()
+def test_an_encoder_must_say_how_it_embeds_and_what_its_blocks_are() -> None:
+    with pytest.raises(TypeError, match="abstract methods"):
+        Base()
