@@ -55,9 +55,9 @@ class Encoder(nn.Module, ABC):
             weights: this meta-step's `refresh()`.
         """
 
-    @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The encoder's blocks, first to last; "Θ4" in the ablations is the last one."""
+        """The encoder's blocks, first to last, by default one; "Θ4" in the ablations is the last one."""
+        return [self]
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] → [N, feature_dim]; see the class for what training mode changes."""

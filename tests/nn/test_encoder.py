@@ -122,6 +122,6 @@ def test_stored_statistics_treat_images_apart_batch_statistics_together(make: Ca
     assert not torch.allclose(encoder.embed(x, n_groups=1).features, encoder.embed(x, n_groups=2).features)
 
 
-def test_an_encoder_must_say_how_it_embeds_and_what_its_blocks_are() -> None:
-    with pytest.raises(TypeError, match="abstract methods"):
+def test_an_encoder_must_say_how_it_embeds() -> None:
+    with pytest.raises(TypeError, match="embed"):
         Base()
