@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.store import ImageStore
 from ..episodes import Episodes
+from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder, Statistics
 from ..nn.linear_head import LinearHead
 from ..nn.scale_shift import interleave
@@ -121,9 +122,10 @@ class EpisodicEngine:
         per_task = episodes.support.shape[1] + episodes.query.shape[1]
         n_tasks = episodes.n_tasks
         chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
+        weights = self._refresh()
         outputs = []
         for part in episodes.chunks(chunk):
-            logits = self.query_logits(part)
+            logits = self.query_logits(part, weights)
             loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
             task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
             (task_loss.sum() / n_tasks).backward()
@@ -133,9 +135,14 @@ class EpisodicEngine:
         losses, accuracies = zip(*outputs, strict=True)
         return StepOutput(torch.cat(losses), torch.cat(accuracies))
 
-    def query_logits(self, episodes: Episodes) -> Tensor:
-        """Logits [T, n_query, n_way] of the query images after the inner loop, with the graph of `order`."""
-        support, query = self._embed(episodes)
+    def query_logits(self, episodes: Episodes, weights: tuple[EffectiveWeights, ...] | None = None) -> Tensor:
+        """Logits [T, n_query, n_way] of the query images after the inner loop, with the graph of `order`.
+
+        Args:
+            episodes: T tasks, embedded together.
+            weights: this meta-step's effective weights; None computes them.
+        """
+        support, query = self._embed(episodes, self._refresh() if weights is None else weights)
         return base_learner(
             support.unflatten(0, (episodes.n_tasks, -1)),
             episodes.support_labels,
@@ -148,12 +155,13 @@ class EpisodicEngine:
             backend=self.backend,
         )
 
-    def _embed(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+    def _refresh(self) -> tuple[EffectiveWeights, ...]:
+        return self.encoder.refresh(fold=self.norm == "frozen")
+
+    def _embed(self, episodes: Episodes, weights: tuple[EffectiveWeights, ...]) -> tuple[Tensor, Tensor]:
         """Features of all support and all query images, [T·n, D] each."""
         encoder, n_groups = self.encoder, 0 if self.norm == "frozen" else episodes.n_tasks
         rows = [episodes.support.flatten(), episodes.query.flatten()]
-        with torch.no_grad():
-            weights = encoder.refresh(fold=n_groups == 0)
         dtype = self.head.weight.dtype
         # First order needs no derivative of the support features, hence no graph for them.
         without_graph = torch.no_grad() if self.order == "first" else contextlib.nullcontext()

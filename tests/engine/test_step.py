@@ -99,7 +99,9 @@ def test_chunked_equals_unchunked(
     chunked.images_per_chunk = images_per_chunk
     sizes = []
     query_logits = chunked.query_logits
-    chunked.query_logits = lambda part: (sizes.append(part.n_tasks), query_logits(part))[1]
+    chunked.query_logits = lambda part, *weights: (sizes.append(part.n_tasks), query_logits(part, *weights))[
+        1
+    ]
     before = copy.deepcopy(whole.encoder)
     for start in (0, 5):
         episodes = tasks(small_store, 10)[start : start + 5]
@@ -111,6 +113,21 @@ def test_chunked_equals_unchunked(
     assert_same_state(chunked.encoder, whole.encoder)
     moved = not torch.equal(before.norms()[0].running_var, whole.encoder.norms()[0].running_var)
     assert moved == (norm == "running")
+
+
+@by_norm
+@pytest.mark.filterwarnings("ignore:norm")
+def test_effective_weights_are_computed_once_a_step(
+    small_store: ImageStore, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, folds = make_engine(small_store, norm=norm), []
+    engine.images_per_chunk = 1
+    refresh = engine.encoder.refresh
+    monkeypatch.setattr(
+        engine.encoder, "refresh", lambda *, fold: (folds.append(fold), refresh(fold=fold))[1]
+    )
+    engine.step(tasks(small_store, 3))
+    assert folds == [norm == "frozen"]
 
 
 def test_gradients_add_up(small_store: ImageStore) -> None:
