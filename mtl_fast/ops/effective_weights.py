@@ -12,6 +12,8 @@ from ..kernels.reference import effective_weights as reference
 from . import _check
 from .backend import choose
 
+_IMPLEMENTATIONS = {"torch": reference}
+
 
 @torch.no_grad()
 def effective_weights(
@@ -41,7 +43,7 @@ def effective_weights(
         _check.operands(f"convs[{i}]", conv)
         if fold:
             _check.stored_norm(f"convs[{i}]", conv)
-    choose("effective_weights", backend, convs=convs)
-    results = (reference.effective_weights(conv, fold=fold) for conv in convs)
+    choice = choose("effective_weights", backend, convs=convs)
+    results = (_IMPLEMENTATIONS[choice.backend].effective_weights(conv, fold=fold) for conv in convs)
     # Without scale or norm a result is the frozen weight itself, which may be a parameter.
     return tuple(replace(e, weight=e.weight.detach(), shift=e.shift.detach()) for e in results)

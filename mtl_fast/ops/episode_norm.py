@@ -9,6 +9,8 @@ from ..kernels.reference import episode_norm as reference
 from . import _check
 from .backend import choose
 
+_IMPLEMENTATIONS = {"torch": reference}
+
 
 def episode_norm(
     z: Tensor,
@@ -54,5 +56,7 @@ def episode_norm(
         if vector is not None and tuple(vector.shape) != (z.shape[1],):
             raise ValueError(f"norm.{key}: shape {tuple(vector.shape)} does not fit images {tuple(z.shape)}")
     _check.epilogue(epilogue, tuple(z.shape), residual)
-    choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue)
-    return reference.episode_norm(z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual)
+    choice = choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue)
+    return _IMPLEMENTATIONS[choice.backend].episode_norm(
+        z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual
+    )

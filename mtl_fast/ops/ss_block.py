@@ -11,6 +11,8 @@ from ..kernels.reference import ss_block as reference
 from . import _check
 from .backend import choose
 
+_IMPLEMENTATIONS = {"torch": reference}
+
 
 def ss_block(
     x: Tensor,
@@ -74,5 +76,9 @@ def ss_block(
         _check.groups(x.shape[0], n_groups, mask)
     elif mask is not None:
         raise ValueError("mask: only batch statistics take one; give n_groups ≥ 1")
-    choose("ss_block", backend, x=x, convs=convs, shortcut=shortcut, epilogue=epilogue, n_groups=n_groups)
-    return reference.ss_block(x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold)
+    choice = choose(
+        "ss_block", backend, x=x, convs=convs, shortcut=shortcut, epilogue=epilogue, n_groups=n_groups
+    )
+    return _IMPLEMENTATIONS[choice.backend].ss_block(
+        x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold
+    )

@@ -9,6 +9,8 @@ from ..kernels.reference import ss_conv as reference
 from . import _check
 from .backend import choose
 
+_IMPLEMENTATIONS = {"torch": reference}
+
 
 def ss_conv(
     x: Tensor,
@@ -53,5 +55,5 @@ def ss_conv(
     _check.channels("x", x.shape, conv)
     _check.stored_norm("conv", conv)
     _check.epilogue(epilogue, _check.output_shape(x.shape, conv.filters), residual)
-    choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual)
-    return reference.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
+    choice = choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual)
+    return _IMPLEMENTATIONS[choice.backend].ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
