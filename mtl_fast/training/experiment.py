@@ -59,13 +59,15 @@ class Experiment:
         source, size = self.config.data.source, self.config.data.image_size
         return {split: load_split(source, split, size).to(self.device) for split in ("train", "val", "test")}
 
-    def pretrain(self) -> Model:
-        """The pre-trained encoder; validation is 1-shot: one encoder serves all tasks."""
-        config = self.with_shot(1)
-        folder = self.output / "pretrain"
+    @cached_property
+    def _pretrained(self) -> Path:
+        """The pre-trained model file; validation is 1-shot: one encoder serves all tasks."""
         splits = {"train": self.stores["train"], "val": self.stores["val"]}
-        Pretraining(config, folder, resume=True, **splits).run()
-        return load_model(folder, device=self.device)
+        return Pretraining(self.with_shot(1), self.output / "pretrain", resume=True, **splits).run()
+
+    def pretrain(self) -> Model:
+        """The pre-trained encoder, read anew each time: meta-training changes the one it is given."""
+        return load_model(self._pretrained, device=self.device)
 
     def with_shot(self, n_shot: int) -> Config:
         """The settings for tasks of that many support images a class."""
