@@ -6,7 +6,6 @@ channels-last memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -24,8 +23,9 @@ class FrozenFilters:
         weight: [O, I/g, k, k].
         bias: [O] or None.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
-        derived: what backends computed from `weight` (packed, rotated, transformed), by name. The module
-            that owns the weight builds it anew when it loads or moves.
+        derived: what backends computed from `weight` (packed, rotated, transformed), by name, on first use;
+            not for a weight that requires a gradient. It lives as long as this object: the module that owns
+            the weight makes a new one when it loads, moves or has been trained.
     """
 
     weight: Tensor
@@ -34,7 +34,7 @@ class FrozenFilters:
     padding: int | tuple[int, int] = 0
     dilation: int | tuple[int, int] = 1
     groups: int = 1
-    derived: Mapping[str, Tensor] = field(default_factory=dict)
+    derived: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

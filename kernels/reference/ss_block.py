@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -21,8 +21,9 @@ def ss_block(
     n_groups: int,
     mask: Tensor | None,
     fold: bool,
+    convolve: Callable[..., Tensor] = ss_conv,
 ) -> BlockOutput:
-    """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`."""
+    """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`. `convolve` computes its convolutions."""
     statistics = []
     if mask is not None:
         # A masked image may hold NaN, and a weight's gradient would be 0·NaN.
@@ -30,8 +31,8 @@ def ss_block(
 
     def layer(z: Tensor, conv: ConvOperands, after: Epilogue, residual: Tensor | None = None) -> Tensor:
         if conv.norm is None or n_groups == 0:
-            return ss_conv(z, conv, epilogue=after, residual=residual, fold=fold)
-        z = ss_conv(z, conv.without_norm(), epilogue=Epilogue(), residual=None, fold=False)
+            return convolve(z, conv, epilogue=after, residual=residual, fold=fold)
+        z = convolve(z, conv.without_norm(), epilogue=Epilogue(), residual=None, fold=False)
         out = episode_norm(z, conv.norm, n_groups=n_groups, mask=mask, epilogue=after, residual=residual)
         statistics.append((out.mean, out.var, out.n_values))
         return out.output

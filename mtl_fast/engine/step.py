@@ -135,7 +135,9 @@ class EpisodicEngine:
         losses, accuracies = zip(*outputs, strict=True)
         return StepOutput(torch.cat(losses), torch.cat(accuracies))
 
-    def query_logits(self, episodes: Episodes, weights: tuple[EffectiveWeights, ...] | None = None) -> Tensor:
+    def query_logits(
+        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
+    ) -> Tensor:
         """Logits [T, n_query, n_way] of the query images after the inner loop, with the graph of `order`.
 
         Args:
@@ -155,10 +157,12 @@ class EpisodicEngine:
             backend=self.backend,
         )
 
-    def _refresh(self) -> tuple[EffectiveWeights, ...]:
+    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
         return self.encoder.refresh(fold=self.norm == "frozen")
 
-    def _embed(self, episodes: Episodes, weights: tuple[EffectiveWeights, ...]) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Features of all support and all query images, [T·n, D] each."""
         encoder, n_groups = self.encoder, 0 if self.norm == "frozen" else episodes.n_tasks
         rows = [episodes.support.flatten(), episodes.query.flatten()]

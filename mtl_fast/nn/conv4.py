@@ -44,7 +44,7 @@ class Conv4(Encoder):
         *,
         n_groups: int = 0,
         mask: Tensor | None = None,
-        weights: Sequence[EffectiveWeights] | None = None,
+        weights: Sequence[EffectiveWeights | None] | None = None,
     ) -> Embeddings:
         x, statistics = images, Statistics()
         if mask is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.contracts import EffectiveWeights, Granularity
 from ..ops.effective_weights import effective_weights
+from ..ops.ss_conv import reads_effective_weights
 from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]
@@ -44,7 +45,7 @@ class Encoder(nn.Module, ABC):
         *,
         n_groups: int = 0,
         mask: Tensor | None = None,
-        weights: Sequence[EffectiveWeights] | None = None,
+        weights: Sequence[EffectiveWeights | None] | None = None,
     ) -> Embeddings:
         """Features of the images.
 
@@ -105,14 +106,18 @@ class Encoder(nn.Module, ABC):
                 yield conv.scale
                 yield conv.shift
 
-    def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights, ...]:
-        """`effective_weights` of all layers, for every forward of one meta-step.
+    def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
+        """`effective_weights` of all layers that read them, for every forward of one meta-step; None of the others.
 
         Args:
             fold: for stored statistics; False for batch statistics (and where `self.fold` is off).
         """
+        fold = fold and self.fold
         operands = [conv.operands() for conv in self.convs()]
-        return effective_weights(operands, fold=fold and self.fold, backend=self.backend)
+        read = [reads_effective_weights(conv, fold=fold, backend=self.backend) for conv in operands]
+        readers = [conv for conv, reads in zip(operands, read, strict=True) if reads]
+        computed = iter(effective_weights(readers, fold=fold) if readers else ())
+        return tuple(next(computed) if reads else None for reads in read)
 
     def update_running(self, statistics: Statistics) -> None:
         """Moves the running averages of all norms, group after group."""

@@ -122,7 +122,7 @@ class ResNet12(Encoder):
         *,
         n_groups: int = 0,
         mask: Tensor | None = None,
-        weights: Sequence[EffectiveWeights] | None = None,
+        weights: Sequence[EffectiveWeights | None] | None = None,
     ) -> Embeddings:
         x, statistics = images, Statistics()
         effective = iter(weights) if weights is not None else None

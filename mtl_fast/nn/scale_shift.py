@@ -123,7 +123,9 @@ class ScaleShiftConv2d(nn.Module):
         """The weight as the operations take it; built once, anew after a load, a move or a replacement."""
         kept = self._filters
         # Parameters can also be replaced: by assignment, or for one call by torch.func.functional_call.
-        if kept is None or kept.weight is not self.weight or kept.bias is not self.bias:
+        # A weight that trains keeps nothing derived from it, so that freezing it again starts afresh.
+        stale = kept is not None and self.weight.requires_grad and kept.derived
+        if kept is None or kept.weight is not self.weight or kept.bias is not self.bias or stale:
             kept = self._filters = FrozenFilters(
                 self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
 from ..kernels.reference import ss_block as reference
-from . import _check
-from .backend import choose
+from . import _check, _ss_conv_native
+from .backend import choose, register
 
-_IMPLEMENTATIONS = {"torch": reference}
+
+def _native_runs(
+    convs: Sequence[ConvOperands] = (),
+    shortcut: ConvOperands | None = None,
+    x: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    n_groups: int = 0,
+    fold: bool = True,
+    **_: Any,
+) -> tuple[bool, str]:
+    layers = [*convs] if shortcut is None else [*convs, shortcut]
+    if n_groups:
+        # Batch statistics follow the convolutions as an operation of their own.
+        layers = [conv.without_norm() for conv in layers]
+    return _ss_conv_native.runs(layers, x, epilogue or Epilogue(), None, fold)
+
+
+register("ss_block", "native", _native_runs)
 
 
 def ss_block(
@@ -77,8 +95,16 @@ def ss_block(
     elif mask is not None:
         raise ValueError("mask: only batch statistics take one; give n_groups ≥ 1")
     choice = choose(
-        "ss_block", backend, x=x, convs=convs, shortcut=shortcut, epilogue=epilogue, n_groups=n_groups
+        "ss_block",
+        backend,
+        x=x,
+        convs=convs,
+        shortcut=shortcut,
+        epilogue=epilogue,
+        n_groups=n_groups,
+        fold=fold,
     )
-    return _IMPLEMENTATIONS[choice.backend].ss_block(
-        x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold
+    options: dict[str, Any] = {} if choice.backend == "torch" else {"convolve": _ss_conv_native.ss_conv}
+    return reference.ss_block(
+        x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold, **options
     )

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue
 from ..kernels.reference import ss_conv as reference
-from . import _check
-from .backend import choose
+from . import _check, _ss_conv_native
+from .backend import choose, register
 
-_IMPLEMENTATIONS = {"torch": reference}
+
+def _native_runs(
+    conv: ConvOperands | None = None,
+    x: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    residual: Tensor | None = None,
+    fold: bool = True,
+    **_: Any,
+) -> tuple[bool, str]:
+    return _ss_conv_native.runs([conv] if conv else [], x, epilogue or Epilogue(), residual, fold)
+
+
+register("ss_conv", "native", _native_runs)
 
 
 def ss_conv(
@@ -55,5 +69,16 @@ def ss_conv(
     _check.channels("x", x.shape, conv)
     _check.stored_norm("conv", conv)
     _check.epilogue(epilogue, _check.output_shape(x.shape, conv.filters), residual)
-    choice = choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual)
-    return _IMPLEMENTATIONS[choice.backend].ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
+    choice = choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual, fold=fold)
+    if choice.backend == "native":
+        return _ss_conv_native.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
+    return reference.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
+
+
+def reads_effective_weights(conv: ConvOperands, *, fold: bool = True, backend: str = "auto") -> bool:
+    """Whether a meta-step should compute this layer's `EffectiveWeights`; the native kernel scales filters itself.
+
+    Args:
+        fold: as of the convolutions to come; False is also that of batch statistics.
+    """
+    return choose("ss_conv", backend, conv=conv if fold else conv.without_norm()).backend != "native"

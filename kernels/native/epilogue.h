@@ -1,0 +1,93 @@
+// What follows a convolution: + shift → [act] → + residual → [act] → 2×2 max-pool, and what backward must know.
+//
+// A code a value of the output, one byte: bits 0–1 the place of the maximum in its window (2·row + column),
+// bit 2 whether the activation's input was positive there.
+#pragma once
+
+#include "tiles.h"
+
+namespace mtl {
+
+enum class Activation : int64_t { kNone = 0, kBeforeResidual = 1, kAfterResidual = 2 };
+
+constexpr int kPositive = 4;
+
+struct Epilogue {
+  const float* shift = nullptr;     // [O]
+  const float* residual = nullptr;  // [N, H', W', O]
+  Activation activation = Activation::kNone;
+  float slope = 0;
+  bool pool = false;
+};
+
+typedef uint8_t Codes __attribute__((vector_size(kLanes)));
+
+inline void store_codes(uint8_t* p, VecInt codes, int n) {
+  const Codes bytes = __builtin_convertvector(codes, Codes);
+  __builtin_memcpy(p, &bytes, n == kLanes ? kLanes : n);
+}
+
+inline VecInt load_codes(const uint8_t* p, int n) {
+  Codes bytes{};
+  __builtin_memcpy(&bytes, p, n == kLanes ? kLanes : n);
+  return __builtin_convertvector(bytes, VecInt);
+}
+
+// Leaky ReLU; slope 0 is exact also for −∞, and NaN stays NaN.
+inline Vec activate(Vec z, float slope) {
+  return select(z <= 0, slope == 0 ? Vec{} : broadcast(slope) * z, z);
+}
+
+// One tile's values y [M, M] of the channels o..o+lanes, to `out` (and `codes` unless null).
+template <int M>
+inline void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes,
+                        Vec (&y)[M][M], float* out, uint8_t* codes) {
+  const int64_t h = g.out_h(), w = g.out_w();
+  const int rows = static_cast<int>(std::min<int64_t>(M, h - at.top));
+  const int columns = static_cast<int>(std::min<int64_t>(M, w - at.left));
+  const Vec shift = e.shift ? load_part(e.shift + o, lanes) : Vec{};
+  VecInt positive[M][M];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < columns; ++j) {
+      Vec z = y[i][j] + shift;
+      positive[i][j] = z > 0;
+      if (e.activation == Activation::kBeforeResidual) z = activate(z, e.slope);
+      if (e.residual) {
+        z = z + load_part(e.residual + ((at.image * h + at.top + i) * w + at.left + j) * g.n_out + o, lanes);
+      }
+      if (e.activation == Activation::kAfterResidual) {
+        positive[i][j] = z > 0;
+        z = activate(z, e.slope);
+      }
+      y[i][j] = z;
+    }
+  }
+  if (!e.pool) {
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        const int64_t pixel = ((at.image * h + at.top + i) * w + at.left + j) * g.n_out + o;
+        store_part(out + pixel, y[i][j], lanes);
+        if (codes) store_codes(codes + pixel, positive[i][j] & kPositive, lanes);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i + 1 < rows; i += 2) {
+    for (int j = 0; j + 1 < columns; j += 2) {
+      Vec best = y[i][j];
+      VecInt code = positive[i][j] & kPositive;
+      for (int place = 1; place < 4; ++place) {
+        const Vec value = y[i + place / 2][j + place % 2];
+        const VecInt better = (value > best) | (value != value);  // the first maximum wins, NaN goes through
+        best = select(better, value, best);
+        code = better ? (positive[i + place / 2][j + place % 2] & kPositive) | place : code;
+      }
+      const int64_t pixel =
+          ((at.image * (h / 2) + (at.top + i) / 2) * (w / 2) + (at.left + j) / 2) * g.n_out + o;
+      store_part(out + pixel, best, lanes);
+      if (codes) store_codes(codes + pixel, code, lanes);
+    }
+  }
+}
+
+}  // namespace mtl

@@ -1,0 +1,110 @@
+// `ss_conv` backward on CPUs. With G = dL/dz, z the convolution before its epilogue:
+//
+//   dL/dx = convolution of G with the rotated filters (`convolve`)
+//   dL/dΦ_S1[o, i] = Σ_taps W·(Gᵀ dU G), dU[ξ] = V[ξ]ᵀ dM[ξ]: a block of dU at a time, never a weight gradient
+//   dL/dΦ_S1[o] = Σ G·(z − shift)/Φ_S1 (`filter`), from the saved output, without a product
+//
+// Sums run in an order that depends on shapes only, so any number of threads gives the same bits.
+
+#include <torch/library.h>
+
+#include "convolve.h"
+#include "operands.h"
+#include "plan.h"
+#include "unwind.h"
+#include "weight_gradient.h"
+
+namespace mtl {
+namespace {
+
+// What is asked of the weights: nothing, Φ_S1 by kernel, Φ_S1 by filter, or the weight itself.
+enum class Wanted : int64_t { kNone = 0, kKernelScale = 1, kFilterScale = 2, kWeight = 3 };
+
+// Below this |Φ_S1·γ/σ| a division by it would cost more than six bits.
+constexpr float kTinyScale = 1.f / 64;
+
+bool any_tiny(const Operand& scale, int64_t n) {
+  return std::any_of(scale.data(), scale.data() + n, [](float s) { return !(std::fabs(s) >= kTinyScale); });
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Gradients of x, of the weights ([I, k², O⁺], [I, O⁺] or [O], as wanted), Σ G [O], of the residual.
+Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes, const at::Tensor& taps,
+                   const at::Tensor& rotated, const std::optional<at::Tensor>& scale,
+                   const std::optional<at::Tensor>& ratio, const at::Tensor& shift,
+                   const std::optional<at::Tensor>& output, const std::optional<at::Tensor>& residual,
+                   int64_t padding, int64_t activation, double slope, bool pool, bool needs_x,
+                   int64_t weights_wanted, bool needs_residual) {
+  const at::Tensor images = channels_last(x), upper = channels_last(grad);
+  const Geometry g = geometry(images, taps, shift, padding);
+  const Operand factors(scale), ratios(ratio), shifts(shift);
+  const auto options = images.options();
+  const auto wanted = static_cast<Wanted>(weights_wanted);
+  const int64_t columns = taps.size(2);
+
+  // The product with the filter's own scale stays out of sums that divide by it: those of tiny scales are products.
+  const bool by_output = wanted == Wanted::kFilterScale && !any_tiny(factors, g.n_out);
+  Unwinding unwinding{g, static_cast<Activation>(activation), static_cast<float>(slope), pool};
+  unwinding.grad = upper.const_data_ptr<float>();
+  unwinding.codes = codes.numel() ? codes.const_data_ptr<uint8_t>() : nullptr;
+  const at::Tensor after = by_output ? channels_last(*output) : at::Tensor();
+  const at::Tensor added = by_output && residual ? channels_last(*residual) : at::Tensor();
+  if (by_output) {
+    unwinding.output = after.const_data_ptr<float>();
+    unwinding.residual = residual ? added.const_data_ptr<float>() : nullptr;
+    unwinding.shift = shifts.data();
+  }
+  const bool plain = unwinding.activation == Activation::kNone && !pool;
+  at::Tensor inner = plain ? upper : new_images({g.n, g.n_out, g.out_h(), g.out_w()}, options);
+  // After the activation a residual's gradient is G itself; before it, the output's gradient without the activation.
+  // Where it is the output's gradient as it came, the caller passes that on.
+  TORCH_CHECK(!needs_residual || pool || unwinding.activation == Activation::kAfterResidual,
+              "ss_conv: the residual's gradient is the output's");
+  const bool own_residual = needs_residual && unwinding.activation == Activation::kBeforeResidual;
+  at::Tensor residual_grad = own_residual      ? new_images(inner.sizes(), options)
+                             : needs_residual ? inner
+                                              : at::empty({0}, options);
+  if (!plain) unwinding.inner = inner.mutable_data_ptr<float>();
+  if (own_residual) unwinding.residual_grad = residual_grad.mutable_data_ptr<float>();
+  at::Tensor sums = at::zeros({g.n_out}, options);
+  at::Tensor weights = at::empty({0}, options);
+  if (by_output) weights = at::zeros({g.n_out}, options);
+  unwinding.run(sums.mutable_data_ptr<float>(), by_output ? weights.mutable_data_ptr<float>() : nullptr);
+  const float* g_inner = inner.const_data_ptr<float>();
+
+  if (by_output) {
+    float* to = weights.mutable_data_ptr<float>();
+    for (int64_t o = 0; o < g.n_out; ++o) to[o] /= factors.data()[o];
+  } else if (wanted != Wanted::kNone) {
+    const bool whole = wanted == Wanted::kWeight;
+    at::Tensor products = whole ? at::zeros({g.n_in, g.taps * g.taps, columns}, options)
+                                : at::zeros({g.n_in, columns}, options);
+    const Plan plan = gradient_plan(g, whole);
+    with_tile(plan, g.taps, [&](auto f) {
+      weight_gradient<decltype(f)>(g, plan, images.const_data_ptr<float>(), g_inner,
+                                   taps.const_data_ptr<float>(), columns, whole,
+                                   products.mutable_data_ptr<float>());
+    });
+    if (wanted == Wanted::kFilterScale) products = products.sum(0).narrow(0, 0, g.n_out);
+    if (ratio) products = wanted == Wanted::kFilterScale ? products * *ratio : scale_columns(products, ratios, g.n_out);
+    weights = products;
+  }
+  at::Tensor x_grad = at::empty({0}, options);
+  if (needs_x) {
+    x_grad = new_images(images.sizes(), options);
+    const Geometry back{g.n, g.out_h(), g.out_w(), g.n_out, g.n_in, g.taps - 1 - g.padding, g.taps};
+    const Filters filters{rotated.const_data_ptr<float>(), g.n_out, g.n_in, rotated.size(2),
+                          scaling(factors, ratios, g, /*transposed=*/true)};
+    const Plan plan = forward_plan(back);
+    with_tile(plan, g.taps, [&](auto f) {
+      convolve<decltype(f)>(back, plan, filters, Epilogue{}, g_inner, x_grad.mutable_data_ptr<float>(), nullptr);
+    });
+  }
+  return {x_grad, weights, sums, residual_grad};
+}
+
+}  // namespace
+}  // namespace mtl
+
+TORCH_LIBRARY_IMPL(mtl_fast, CPU, m) { m.impl("ss_conv_backward", mtl::backward); }

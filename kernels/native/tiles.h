@@ -1,0 +1,179 @@
+// What convolution, its gradients and their epilogue share: geometry, and moving tiles between images and points.
+//
+// Images are [N, H, W, C] in memory. Points are [P, n_tiles, C]: value ξ of every tile, one matrix a point.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "product.h"
+#include "scratch.h"
+#include "winograd.h"
+
+namespace mtl {
+
+// Padded columns of packed taps: a whole number of panels of every vector width.
+constexpr int64_t kPackedColumns = 32;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Geometry {
+  int64_t n, h, w, n_in, n_out, padding, taps;
+  int64_t out_h() const { return h + 2 * padding - taps + 1; }
+  int64_t out_w() const { return w + 2 * padding - taps + 1; }
+};
+
+// How a convolution is cut up: tiles in flight, and whether threads share them (or each has its own).
+struct Plan {
+  int tile;
+  int64_t tiles;
+  bool shared;
+};
+
+// Tiles are numbered over images, rows, columns.
+struct TileGrid {
+  int64_t tile, rows, columns, count;
+  TileGrid(const Geometry& g, int64_t tile)
+      : tile(tile), rows(ceil_div(g.out_h(), tile)), columns(ceil_div(g.out_w(), tile)),
+        count(g.n * rows * columns) {}
+  struct Place {
+    int64_t image, top, left;  // of the tile's first output pixel
+  };
+  Place place(int64_t index) const {
+    const int64_t column = index % columns, row = index / columns % rows;
+    return {index / (columns * rows), row * tile, column * tile};
+  }
+};
+
+// A row of points: a little longer than the channels, so that rows of 2^k floats do not share cache sets.
+inline int64_t points_row(int64_t channels) { return ceil_div(channels, kLanes) * kLanes + 16; }
+
+// A window of SIDE×SIDE pixels as pointers; pixels outside the image point to zeros.
+template <int SIDE>
+struct Window {
+  const float* pixel[SIDE][SIDE];
+  Window(const float* images, const float* zeros, int64_t image, int64_t top, int64_t left, int64_t h, int64_t w,
+         int64_t channels) {
+    for (int i = 0; i < SIDE; ++i) {
+      for (int j = 0; j < SIDE; ++j) {
+        const int64_t y = top + i, x = left + j;
+        const bool inside = y >= 0 && y < h && x >= 0 && x < w;
+        pixel[i][j] = inside ? images + ((image * h + y) * w + x) * channels : zeros;
+      }
+    }
+  }
+};
+
+struct ZerosTag {};
+struct InputPointsTag {};
+
+// At least `channels` zeros.
+inline const float* zeros(int64_t channels) {
+  float* z = scratch<ZerosTag>(channels + kLanes);
+  std::memset(z, 0, sizeof(float) * (channels + kLanes));
+  return z;
+}
+
+// Bᵀ x B of tiles [begin, end) -> points [P, stride / row, row], tile `begin` at `points`.
+template <class F>
+void transform_input(const Geometry& g, const TileGrid& grid, const float* x, int64_t begin, int64_t end,
+                     float* points, int64_t row, int64_t stride) {
+  const float* zero = zeros(g.n_in);
+  for (int64_t t = begin; t < end; ++t) {
+    const auto at = grid.place(t);
+    const Window<F::kPatch> window(x, zero, at.image, at.top - g.padding, at.left - g.padding, g.h, g.w, g.n_in);
+    float* out = points + (t - begin) * row;
+    for (int64_t c = 0; c < g.n_in; c += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, g.n_in - c));
+      Vec d[F::kPatch][F::kPatch];
+      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
+        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
+          d[i][j] = n == kLanes ? load(window.pixel[i][j] + c) : load_part(window.pixel[i][j] + c, n);
+      F::input(d);
+      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
+        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) store(out + (i * F::kPatch + j) * stride + c, d[i][j]);
+    }
+  }
+}
+
+// A dy Aᵀ of tiles [begin, end) of dy [N, H', W', O] -> points, as `transform_input`.
+template <class F>
+void transform_output_gradient(const Geometry& g, const TileGrid& grid, const float* dy, int64_t begin,
+                               int64_t end, float* points, int64_t row, int64_t stride) {
+  const float* zero = zeros(g.n_out);
+  for (int64_t t = begin; t < end; ++t) {
+    const auto at = grid.place(t);
+    const Window<F::kTile> window(dy, zero, at.image, at.top, at.left, g.out_h(), g.out_w(), g.n_out);
+    float* out = points + (t - begin) * row;
+    for (int64_t c = 0; c < g.n_out; c += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, g.n_out - c));
+      Vec d[F::kTile][F::kTile], m[F::kPatch][F::kPatch];
+      MTL_UNROLL for (int i = 0; i < F::kTile; ++i)
+        MTL_UNROLL for (int j = 0; j < F::kTile; ++j)
+          d[i][j] = n == kLanes ? load(window.pixel[i][j] + c) : load_part(window.pixel[i][j] + c, n);
+      F::output_gradient(d, m);
+      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
+        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) store(out + (i * F::kPatch + j) * stride + c, m[i][j]);
+    }
+  }
+}
+
+// Φ_S1 and γ/σ as factors of the taps [k, n], k the summed channels and n the produced ones.
+struct Scaling {
+  const float* scale = nullptr;  // scale[k·k_stride + n·n_stride]
+  int64_t k_stride = 0, n_stride = 0;
+  const float* k_factor = nullptr;  // [k]
+  const float* n_factor = nullptr;  // [n]
+  bool none() const { return scale == nullptr && k_factor == nullptr && n_factor == nullptr; }
+};
+
+// Taps [K, R², packed columns] of one convolution, its columns the produced channels.
+struct Filters {
+  const float* taps;
+  int64_t K, N, packed;
+  Scaling scaling;
+};
+
+struct FactorsTag {};
+
+// G(w ⊙ scale)Gᵀ of the columns from `n0` on -> u [kFilterPoints, K, kPanel].
+template <class F>
+void transform_filters(const Filters& f, int64_t n0, float* u) {
+  constexpr int R = F::kTaps;
+  const Scaling& s = f.scaling;
+  const int64_t columns = std::min<int64_t>(kPanel, f.N - n0);
+  const bool scaled = !s.none();
+  float* factors = scratch<FactorsTag>(f.K * kPanel);
+  if (scaled) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const float column = n >= columns ? 0.f : s.n_factor ? s.n_factor[n0 + n] : 1.f;
+      for (int64_t k = 0; k < f.K; ++k) {
+        float value = column;
+        if (s.scale && n < columns) value *= s.scale[k * s.k_stride + (n0 + n) * s.n_stride];
+        if (s.k_factor) value *= s.k_factor[k];
+        factors[k * kPanel + n] = value;
+      }
+    }
+  }
+  for (int64_t k = 0; k < f.K; ++k) {
+    for (int half = 0; half < kPanel; half += kLanes) {
+      const float* w = f.taps + k * R * R * f.packed + n0 + half;
+      float* out = u + k * kPanel + half;
+      const Vec factor = scaled ? load(factors + k * kPanel + half) : broadcast(1.f);
+      if constexpr (R == 1) {
+        store(out, load(w) * factor);
+      } else {
+        Vec taps[R][R], points[F::kPatch][F::kPatch];
+        MTL_UNROLL for (int i = 0; i < R; ++i)
+          MTL_UNROLL for (int j = 0; j < R; ++j) taps[i][j] = load(w + (i * R + j) * f.packed) * factor;
+        F::filter(taps, points);
+        MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
+          MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
+            store(out + (i * F::kPatch + j) * f.K * kPanel, points[i][j]);
+      }
+    }
+  }
+}
+
+}  // namespace mtl

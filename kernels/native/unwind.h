@@ -1,0 +1,115 @@
+// From dL/dy to G = dL/dz through pooling and activation, with the sums over pixels that G's channels need.
+#pragma once
+
+#include "epilogue.h"
+
+namespace mtl {
+
+struct PartialSumsTag {};
+
+struct Unwinding {
+  Geometry g;
+  Activation activation;
+  float slope;
+  bool pool;
+  const float* grad = nullptr;      // [N, H'', W'', O], of the pooled size where there is pooling
+  const uint8_t* codes = nullptr;   // of the same shape; null where nothing was coded
+  const float* output = nullptr;    // y, only where the scale of a filter is wanted
+  const float* residual = nullptr;  // [N, H', W', O], likewise
+  const float* shift = nullptr;     // [O], likewise
+  float* inner = nullptr;           // G [N, H', W', O]; null where it is `grad` itself
+  float* residual_grad = nullptr;   // [N, H', W', O]; null where it is G or `grad`
+
+  // sums [O] = Σ G and, unless null, by_output [O] = Σ G·(z − shift).
+  void run(float* sums, float* by_output) const {
+    const int64_t row = ceil_div(g.n_out, kLanes) * kLanes;
+    // One pair of partial sums an image, added in order.
+    float* partial = scratch<PartialSumsTag>(g.n * 2 * row);
+    std::memset(partial, 0, sizeof(float) * g.n * 2 * row);
+    at::parallel_for(0, g.n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        float* own = partial + image * 2 * row;
+        image_rows(image, own, by_output ? own + row : nullptr);
+      }
+    });
+    for (int64_t image = 0; image < g.n; ++image) {
+      for (int64_t o = 0; o < g.n_out; ++o) {
+        sums[o] += partial[image * 2 * row + o];
+        if (by_output) by_output[o] += partial[(image * 2 + 1) * row + o];
+      }
+    }
+  }
+
+ private:
+  void image_rows(int64_t image, float* sums, float* by_output) const {
+    const int64_t h = g.out_h(), w = g.out_w(), step = pool ? 2 : 1;
+    if (pool) clear_dropped(image);
+    for (int64_t y = 0; y < h / step; ++y) {
+      for (int64_t x = 0; x < w / step; ++x) {
+        const int64_t at = ((image * (h / step) + y) * (w / step) + x) * g.n_out;
+        const int64_t corner = ((image * h + y * step) * w + x * step) * g.n_out;
+        for (int64_t o = 0; o < g.n_out; o += kLanes) {
+          value(at + o, corner + o, o, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o)), sums, by_output);
+        }
+      }
+    }
+  }
+
+  // One vector of the output at `at`, whose window's first pixel is at `corner`.
+  void value(int64_t at, int64_t corner, int64_t o, int lanes, float* sums, float* by_output) const {
+    const Vec upper = load_part(grad + at, lanes);
+    const VecInt code = codes ? load_codes(codes + at, lanes) : VecInt{};
+    const VecInt positive = (code & kPositive) != 0;
+    const Vec d = activation == Activation::kNone ? upper : select(positive, upper, broadcast(slope) * upper);
+    store(sums + o, load(sums + o) + d);
+    if (by_output) {
+      const Vec z = before(at, corner, o, lanes, code, positive);
+      store(by_output + o, load(by_output + o) + d * (z - load_part(shift + o, lanes)));
+    }
+    if (inner == nullptr) return;
+    if (!pool) {
+      store_part(inner + at, d, lanes);
+      return;
+    }
+    for (int place = 0; place < 4; ++place) {
+      const int64_t to = corner + (place / 2 * g.out_w() + place % 2) * g.n_out;
+      const VecInt here = (code & 3) == place;
+      store_part(inner + to, select(here, d, Vec{}), lanes);
+      if (residual_grad) store_part(residual_grad + to, select(here, upper, Vec{}), lanes);
+    }
+  }
+
+  // z with its shift, from y: undo the residual and the activation. Where the slope is 0 and y is not positive,
+  // d is 0 and any finite value serves.
+  Vec before(int64_t at, int64_t corner, int64_t o, int lanes, VecInt code, VecInt positive) const {
+    Vec y = load_part(output + at, lanes), r{};
+    if (residual) {
+      r = load_part(residual + corner, lanes);
+      for (int place = 1; pool && place < 4; ++place) {
+        const Vec other = load_part(residual + corner + (place / 2 * g.out_w() + place % 2) * g.n_out, lanes);
+        r = select((code & 3) == place, other, r);
+      }
+    }
+    const Vec inverse = broadcast(slope == 0 ? 0.f : 1 / slope);
+    switch (activation) {
+      case Activation::kNone: return y - r;
+      case Activation::kBeforeResidual: y = y - r; return select(positive, y, y * inverse);
+      default: return select(positive, y, y * inverse) - r;
+    }
+  }
+
+  // Pooling leaves an odd last row and column out: no gradient there.
+  void clear_dropped(int64_t image) const {
+    const int64_t h = g.out_h(), w = g.out_w();
+    for (float* to : {inner, residual_grad}) {
+      if (to == nullptr) continue;
+      float* first = to + image * h * w * g.n_out;
+      if (h % 2) std::memset(first + (h - 1) * w * g.n_out, 0, sizeof(float) * w * g.n_out);
+      for (int64_t y = 0; w % 2 && y < h; ++y) {
+        std::memset(first + (y * w + w - 1) * g.n_out, 0, sizeof(float) * g.n_out);
+      }
+    }
+  }
+};
+
+}  // namespace mtl

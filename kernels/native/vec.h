@@ -1,0 +1,53 @@
+// One vector type for AVX-512, AVX2 and NEON: compiler vector types, so that one source serves all three.
+// Multiply-adds are written a * b + c; the build allows the compiler to contract them (-ffp-contract=fast).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mtl {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else  // NEON, and whatever else has 128 bits
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// x - 0 is x to the bit, so the compiler keeps the broadcast alone.
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+// The first n lanes, zeros after them; 0 <= n <= kLanes. Reads nothing beyond p[n - 1].
+inline Vec load_part(const float* p, int n) {
+  if (n == kLanes) return load(p);
+  Vec v{};
+  __builtin_memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+
+inline void store_part(float* p, Vec v, int n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
+
+inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+}  // namespace mtl

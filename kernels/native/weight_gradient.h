@@ -1,0 +1,129 @@
+// Gradient of the taps, or of their scale, from the points of input and output gradient.
+#pragma once
+
+#include "tiles.h"
+
+namespace mtl {
+
+struct GradientPointsTag {};
+struct BlockTag {};
+struct SlicesTag {};
+
+// Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, times the taps and summed (or whole), added to `out`.
+template <class F>
+void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, const float* taps, int64_t columns,
+                  bool whole, float* out) {
+  constexpr int R = F::kTaps, P = F::kPatch;
+  for (int r = 0; r < n_rows; ++r) {
+    for (int half = 0; half < kPanel; half += kLanes) {
+      const int64_t column = o + half;
+      if (column >= columns) break;
+      const float* from = du + r * kPanel + half;
+      Vec dw[R][R];
+      if constexpr (R == 1) {
+        dw[0][0] = Vec{};
+        for (int point = 0; point < F::kPoints; ++point) dw[0][0] = dw[0][0] + load(from + point * kRows * kPanel);
+      } else {
+        Vec points[P][P];
+        MTL_UNROLL for (int i = 0; i < P; ++i)
+          MTL_UNROLL for (int j = 0; j < P; ++j) points[i][j] = load(from + (i * P + j) * kRows * kPanel);
+        F::filter_gradient(points, dw);
+      }
+      const float* w = taps + (i0 + r) * R * R * columns + column;
+      if (whole) {
+        float* to = out + (i0 + r) * R * R * columns + column;
+        for (int t = 0; t < R * R; ++t) store(to + t * columns, load(to + t * columns) + dw[t / R][t % R]);
+      } else {
+        float* to = out + (i0 + r) * columns + column;
+        Vec total = load(to);
+        for (int t = 0; t < R * R; ++t) total = total + load(w + t * columns) * dw[t / R][t % R];
+        store(to, total);
+      }
+    }
+  }
+}
+
+// Points of `n_tiles` tiles from `first` on: v of the input, d of the output's gradient.
+struct GradientPoints {
+  float *v, *d;
+  int64_t row_v, row_d, stride_v, stride_d, n_tiles;
+};
+
+// Adds the products of rows `block` and panel `panel` to `out`.
+template <class F>
+void add_block(const Geometry& g, const GradientPoints& p, int64_t block, int64_t panel, const float* taps,
+               int64_t columns, bool whole, float* out) {
+  const int64_t o = panel * kPanel, i0 = block * kRows;
+  const int n_rows = static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0));
+  float* du = scratch<BlockTag>(F::kPoints * kRows * kPanel);
+  for (int64_t point = 0; point < F::kPoints; ++point) {
+    // [n_tiles, rows]ᵀ @ [n_tiles, kPanel] -> [rows, kPanel]
+    product<0>(p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d, p.n_tiles, n_rows,
+               du + point * kRows * kPanel, kPanel);
+  }
+  finish_block<F>(du, n_rows, i0, o, taps, columns, whole, out);
+}
+
+// out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW), zero before.
+template <class F>
+void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const float* dz, const float* taps,
+                     int64_t columns, bool whole, float* out) {
+  const TileGrid grid(g, F::kTile);
+  const int64_t row_v = points_row(g.n_in), row_d = points_row(ceil_div(g.n_out, kPanel) * kPanel);
+  const int64_t stride_v = plan.tiles * row_v, stride_d = plan.tiles * row_d;
+  const int64_t n_panels = ceil_div(g.n_out, kPanel), n_blocks = ceil_div(g.n_in, kRows);
+  const auto points = [&](int64_t n_tiles) {
+    return GradientPoints{scratch<InputPointsTag>(F::kPoints * stride_v),
+                          scratch<GradientPointsTag>(F::kPoints * stride_d),
+                          row_v, row_d, stride_v, stride_d, n_tiles};
+  };
+  const auto transform = [&](const GradientPoints& p, int64_t first, int64_t begin, int64_t end) {
+    transform_input<F>(g, grid, x, first + begin, first + end, p.v + begin * row_v, row_v, stride_v);
+    transform_output_gradient<F>(g, grid, dz, first + begin, first + end, p.d + begin * row_d, row_d, stride_d);
+  };
+  if (plan.shared) {
+    // Many products a tile: threads share the tiles, each has its own blocks of the gradient.
+    for (int64_t first = 0; first < grid.count; first += plan.tiles) {
+      const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
+      at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) { transform(p, first, begin, end); });
+      at::parallel_for(0, n_panels * n_blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          add_block<F>(g, p, item % n_blocks, item / n_blocks, taps, columns, whole, out);
+        }
+      });
+    }
+    return;
+  }
+  // Few products a tile: tiles in a fixed number of slices, each with a sum of its own, added in order.
+  constexpr int64_t kSlices = 16;
+  const int64_t n_parts = ceil_div(grid.count, plan.tiles), n_slices = std::min(kSlices, n_parts);
+  const int64_t size = g.n_in * columns * (whole ? F::kTaps * F::kTaps : 1);
+  float* partial = scratch<SlicesTag>(n_slices * size);
+  at::parallel_for(0, n_slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice) {
+      float* own = partial + slice * size;
+      std::memset(own, 0, sizeof(float) * size);
+      for (int64_t part = n_parts * slice / n_slices; part < n_parts * (slice + 1) / n_slices; ++part) {
+        const int64_t first = part * plan.tiles;
+        const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
+        transform(p, first, 0, p.n_tiles);
+        for (int64_t panel = 0; panel < n_panels; ++panel)
+          for (int64_t block = 0; block < n_blocks; ++block)
+            add_block<F>(g, p, block, panel, taps, columns, whole, own);
+      }
+    }
+  });
+  at::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = 0; slice < n_slices; ++slice)
+      for (int64_t i = begin; i < end; ++i) out[i] += partial[slice * size + i];
+  });
+}
+
+// products [.., columns] with the first O columns times γ/σ; the padding stays zero.
+inline at::Tensor scale_columns(const at::Tensor& products, const Operand& ratio, int64_t n_out) {
+  at::Tensor factors = at::zeros({products.size(-1)}, products.options());
+  factors.narrow(0, 0, n_out).copy_(*ratio.tensor);
+  return products * factors;
+}
+
+}  // namespace mtl
