@@ -14,14 +14,14 @@ template <class F>
 void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, int64_t first, int64_t n_tiles,
                   const float* v, int64_t row, int64_t stride, const float* u, int64_t o, float* out,
                   uint8_t* codes) {
-  float* m = scratch<ProductsTag>(F::kPoints * n_tiles * kPanel);
+  const int64_t m_stride = panel_stride(n_tiles);
+  float* m = scratch<ProductsTag>(F::kPoints * m_stride);
   for (int64_t point = 0; point < F::kPoints; ++point) {
-    const float* filter = u + (F::kFilterPoints == 1 ? 0 : point * g.n_in * kPanel);
+    const float* filter = u + (F::kFilterPoints == 1 ? 0 : point * panel_stride(g.n_in));
     // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
     for (int64_t t = 0; t < n_tiles; t += kRows) {
       product<1>(v + point * stride + t * row, row, filter, kPanel, g.n_in,
-                 static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), m + (point * n_tiles + t) * kPanel,
-                 kPanel);
+                 static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), m + point * m_stride + t * kPanel, kPanel);
     }
   }
   for (int64_t t = 0; t < n_tiles; ++t) {
@@ -30,7 +30,7 @@ void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, in
       Vec points[F::kPatch][F::kPatch], y[F::kTile][F::kTile];
       MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
         MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
-          points[i][j] = load(m + ((i * F::kPatch + j) * n_tiles + t) * kPanel + half);
+          points[i][j] = load(m + (i * F::kPatch + j) * m_stride + t * kPanel + half);
       F::output(points, y);
       finish_tile<F::kTile>(e, g, at, o + half, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o - half)),
                             y, out, codes);
@@ -43,7 +43,7 @@ template <class F>
 void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const Epilogue& e, const float* x,
               float* out, uint8_t* codes) {
   const TileGrid grid(g, F::kTile);
-  const int64_t n_panels = ceil_div(g.n_out, kPanel), panel_size = F::kFilterPoints * g.n_in * kPanel;
+  const int64_t n_panels = ceil_div(g.n_out, kPanel), panel_size = F::kFilterPoints * panel_stride(g.n_in);
   const int64_t row = points_row(g.n_in), stride = plan.tiles * row;
   if (plan.shared) {
     // Large filters: all threads work on the same tiles, each on its own panels of filters.

@@ -24,12 +24,20 @@ typedef uint8_t Codes __attribute__((vector_size(kLanes)));
 
 inline void store_codes(uint8_t* p, VecInt codes, int n) {
   const Codes bytes = __builtin_convertvector(codes, Codes);
-  __builtin_memcpy(p, &bytes, n == kLanes ? kLanes : n);
+  if (n == kLanes) {
+    __builtin_memcpy(p, &bytes, kLanes);
+  } else {
+    __builtin_memcpy(p, &bytes, n);
+  }
 }
 
 inline VecInt load_codes(const uint8_t* p, int n) {
   Codes bytes{};
-  __builtin_memcpy(&bytes, p, n == kLanes ? kLanes : n);
+  if (n == kLanes) {
+    __builtin_memcpy(&bytes, p, kLanes);
+  } else {
+    __builtin_memcpy(&bytes, p, n);
+  }
   return __builtin_convertvector(bytes, VecInt);
 }
 

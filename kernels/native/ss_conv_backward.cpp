@@ -27,6 +27,13 @@ bool any_tiny(const Operand& scale, int64_t n) {
   return std::any_of(scale.data(), scale.data() + n, [](float s) { return !(std::fabs(s) >= kTinyScale); });
 }
 
+// products [.., columns] with the first O columns times γ/σ; the padding stays zero.
+at::Tensor scale_columns(const at::Tensor& products, const Operand& ratio, int64_t n_out) {
+  at::Tensor factors = at::zeros({products.size(-1)}, products.options());
+  factors.narrow(0, 0, n_out).copy_(*ratio.tensor);
+  return products * factors;
+}
+
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Gradients of x, of the weights ([I, k², O⁺], [I, O⁺] or [O], as wanted), Σ G [O], of the residual.

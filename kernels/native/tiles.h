@@ -49,6 +49,9 @@ struct TileGrid {
 // A row of points: a little longer than the channels, so that rows of 2^k floats do not share cache sets.
 inline int64_t points_row(int64_t channels) { return ceil_div(channels, kLanes) * kLanes + 16; }
 
+// From one point to the next of filters and products: not a power of two either, for the same reason.
+inline int64_t panel_stride(int64_t rows) { return rows * kPanel + 16; }
+
 // A window of SIDE×SIDE pixels as pointers; pixels outside the image point to zeros.
 template <int SIDE>
 struct Window {
@@ -137,7 +140,7 @@ struct Filters {
 
 struct FactorsTag {};
 
-// G(w ⊙ scale)Gᵀ of the columns from `n0` on -> u [kFilterPoints, K, kPanel].
+// G(w ⊙ scale)Gᵀ of the columns from `n0` on -> u [kFilterPoints, K, kPanel], points panel_stride(K) apart.
 template <class F>
 void transform_filters(const Filters& f, int64_t n0, float* u) {
   constexpr int R = F::kTaps;
@@ -170,7 +173,7 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
         F::filter(taps, points);
         MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
           MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
-            store(out + (i * F::kPatch + j) * f.K * kPanel, points[i][j]);
+            store(out + (i * F::kPatch + j) * panel_stride(f.K), points[i][j]);
       }
     }
   }

@@ -40,7 +40,11 @@ inline Vec load_part(const float* p, int n) {
   return v;
 }
 
-inline void store_part(float* p, Vec v, int n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
+// The first n lanes; writes nothing beyond p[n - 1]. A whole vector must not become a call of memcpy.
+inline void store_part(float* p, Vec v, int n) {
+  if (n == kLanes) return store(p, v);
+  __builtin_memcpy(p, &v, n * sizeof(float));
+}
 
 inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
 

@@ -119,11 +119,4 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   });
 }
 
-// products [.., columns] with the first O columns times γ/σ; the padding stays zero.
-inline at::Tensor scale_columns(const at::Tensor& products, const Operand& ratio, int64_t n_out) {
-  at::Tensor factors = at::zeros({products.size(-1)}, products.options());
-  factors.narrow(0, 0, n_out).copy_(*ratio.tensor);
-  return products * factors;
-}
-
 }  // namespace mtl
