@@ -85,8 +85,11 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     for (int64_t o = 0; o < g.n_out; ++o) to[o] /= factors.data()[o];
   } else if (wanted != Wanted::kNone) {
     const bool whole = wanted == Wanted::kWeight;
-    at::Tensor products = whole ? at::zeros({g.n_in, g.taps * g.taps, columns}, options)
-                                : at::zeros({g.n_in, columns}, options);
+    const bool all_written = columns == g.n_out && g.n > 0;
+    const auto allocate = [&](at::IntArrayRef shape) {
+      return all_written ? at::empty(shape, options) : at::zeros(shape, options);
+    };
+    at::Tensor products = whole ? allocate({g.n_in, g.taps * g.taps, columns}) : allocate({g.n_in, columns});
     const Plan plan = gradient_plan(g, whole);
     with_tile(plan, g.taps, [&](auto f) {
       weight_gradient<decltype(f)>(g, plan, images.const_data_ptr<float>(), g_inner,

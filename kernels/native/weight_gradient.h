@@ -9,10 +9,11 @@ struct GradientPointsTag {};
 struct BlockTag {};
 struct SlicesTag {};
 
-// Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, times the taps and summed (or whole), added to `out`.
+// Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, times the taps and summed (or whole), to `out`:
+// added, or as its `first` value.
 template <class F>
 void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, const float* taps, int64_t columns,
-                  bool whole, float* out) {
+                  bool whole, bool first, float* out) {
   constexpr int R = F::kTaps, P = F::kPatch;
   for (int r = 0; r < n_rows; ++r) {
     for (int half = 0; half < kPanel; half += kLanes) {
@@ -32,10 +33,13 @@ void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, const floa
       const float* w = taps + (i0 + r) * R * R * columns + column;
       if (whole) {
         float* to = out + (i0 + r) * R * R * columns + column;
-        for (int t = 0; t < R * R; ++t) store(to + t * columns, load(to + t * columns) + dw[t / R][t % R]);
+        for (int t = 0; t < R * R; ++t) {
+          const Vec before = first ? Vec{} : load(to + t * columns);
+          store(to + t * columns, before + dw[t / R][t % R]);
+        }
       } else {
         float* to = out + (i0 + r) * columns + column;
-        Vec total = load(to);
+        Vec total = first ? Vec{} : load(to);
         for (int t = 0; t < R * R; ++t) total = total + load(w + t * columns) * dw[t / R][t % R];
         store(to, total);
       }
@@ -49,10 +53,10 @@ struct GradientPoints {
   int64_t row_v, row_d, stride_v, stride_d, n_tiles;
 };
 
-// Adds the products of rows `block` and panel `panel` to `out`.
+// The products of rows `block` and panel `panel`, to `out` as in `finish_block`.
 template <class F>
-void add_block(const Geometry& g, const GradientPoints& p, int64_t block, int64_t panel, const float* taps,
-               int64_t columns, bool whole, float* out) {
+void gradient_block(const Geometry& g, const GradientPoints& p, int64_t block, int64_t panel, const float* taps,
+                    int64_t columns, bool whole, bool first, float* out) {
   const int64_t o = panel * kPanel, i0 = block * kRows;
   const int n_rows = static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0));
   float* du = scratch<BlockTag>(F::kPoints * kRows * kPanel);
@@ -61,10 +65,10 @@ void add_block(const Geometry& g, const GradientPoints& p, int64_t block, int64_
     product<0>(p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d, p.n_tiles, n_rows,
                du + point * kRows * kPanel, kPanel);
   }
-  finish_block<F>(du, n_rows, i0, o, taps, columns, whole, out);
+  finish_block<F>(du, n_rows, i0, o, taps, columns, whole, first, out);
 }
 
-// out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW), zero before.
+// out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output stay as they are.
 template <class F>
 void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const float* dz, const float* taps,
                      int64_t columns, bool whole, float* out) {
@@ -88,7 +92,7 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
       at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) { transform(p, first, begin, end); });
       at::parallel_for(0, n_panels * n_blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
-          add_block<F>(g, p, item % n_blocks, item / n_blocks, taps, columns, whole, out);
+          gradient_block<F>(g, p, item % n_blocks, item / n_blocks, taps, columns, whole, first == 0, out);
         }
       });
     }
@@ -102,19 +106,20 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   at::parallel_for(0, n_slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice) {
       float* own = partial + slice * size;
-      std::memset(own, 0, sizeof(float) * size);
-      for (int64_t part = n_parts * slice / n_slices; part < n_parts * (slice + 1) / n_slices; ++part) {
+      const int64_t start = n_parts * slice / n_slices;
+      for (int64_t part = start; part < n_parts * (slice + 1) / n_slices; ++part) {
         const int64_t first = part * plan.tiles;
         const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
         transform(p, first, 0, p.n_tiles);
         for (int64_t panel = 0; panel < n_panels; ++panel)
           for (int64_t block = 0; block < n_blocks; ++block)
-            add_block<F>(g, p, block, panel, taps, columns, whole, own);
+            gradient_block<F>(g, p, block, panel, taps, columns, whole, part == start, own);
       }
     }
   });
   at::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t slice = 0; slice < n_slices; ++slice)
+    std::copy(partial + begin, partial + end, out + begin);
+    for (int64_t slice = 1; slice < n_slices; ++slice)
       for (int64_t i = begin; i < end; ++i) out[i] += partial[slice * size + i];
   });
 }

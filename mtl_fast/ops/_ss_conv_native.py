@@ -30,6 +30,7 @@ PLACE, POSITIVE = 3, 4
 PACKED_COLUMNS = 32
 
 LIBRARY.define("pack_filters(Tensor weight) -> (Tensor, Tensor)")
+LIBRARY.define("unpack_filters(Tensor taps, int n_out) -> Tensor")
 LIBRARY.define(
     "ss_conv(Tensor x, Tensor taps, Tensor rotated, Tensor? scale, Tensor? ratio, Tensor shift, "
     "Tensor? residual, int padding, int activation, float slope, bool pool, bool save) -> (Tensor, Tensor)"
@@ -155,14 +156,32 @@ def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_empty(n_in, n_taps, padded_out), weight.new_empty(n_out, n_taps, padded_in)
 
 
+@torch.library.register_fake("mtl_fast::unpack_filters")
+def _(taps: Tensor, n_out: int) -> Tensor:
+    side = _side(taps)
+    return taps.new_empty(n_out, taps.shape[0], side, side)
+
+
 def _pack_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.shape = inputs[0].shape
+    ctx.n_out = inputs[0].shape[0]
     ctx.mark_non_differentiable(output[1])
 
 
 def _pack_backward(ctx: Any, taps: Tensor, rotated: Tensor | None) -> Tensor:
-    # [I, k², O⁺] -> [O, I, k, k]
-    return taps[:, :, : ctx.shape[0]].permute(2, 0, 1).reshape(ctx.shape)
+    if torch.is_grad_enabled():
+        return _unpacked(taps, ctx.n_out)
+    return torch.ops.mtl_fast.unpack_filters(taps, ctx.n_out)
+
+
+def _unpacked(taps: Tensor, n_out: int) -> Tensor:
+    """[I, k², O⁺] -> [O, I, k, k], differentiably."""
+    side = _side(taps)
+    return taps[:, :, :n_out].permute(2, 0, 1).unflatten(2, (side, side))
+
+
+def _side(taps: Tensor) -> int:
+    """k of packed taps [I, k², O⁺]."""
+    return 1 if taps.shape[1] == 1 else 3
 
 
 torch.library.register_autograd("mtl_fast::pack_filters", _pack_backward, setup_context=_pack_context)
@@ -183,7 +202,7 @@ def _(
     pool: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    side = 3 if taps.shape[1] == 9 else 1
+    side = _side(taps)
     halved = 2 if pool else 1
     size = [(length + 2 * padding - side + 1) // halved for length in x.shape[2:]]
     output = _images(x, x.shape[0], shift.shape[0], *size)
@@ -211,7 +230,7 @@ def _(
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none, n_out = x.new_empty(0), shift.shape[0]
-    side = 3 if taps.shape[1] == 9 else 1
+    side = _side(taps)
     size = [length + 2 * padding - side + 1 for length in x.shape[2:]]
     weights = {
         NOTHING: none,
@@ -298,14 +317,13 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     """
     x, taps, _, scale, ratio, shift, codes, *_ = ctx.saved_tensors
     n_out = shift.shape[0]
-    side = 3 if taps.shape[1] == 9 else 1
+    side = _side(taps)
     upper = grad
     if ACTIVATIONS[ctx.activation] != "none":
         grad = torch.where((codes & POSITIVE) != 0, grad, ctx.slope * grad)
     height, width = (length + 2 * ctx.padding - side + 1 for length in x.shape[2:])
     inner, skipped = ((_unpooled(g, codes, height, width) if ctx.pool else g) for g in (grad, upper))
-    # [I, k², O⁺] -> [O, I, k, k]
-    weight = taps[:, :, :n_out].permute(2, 0, 1).reshape(n_out, x.shape[1], side, side)
+    weight = _unpacked(taps, n_out)
     for factor in (scale, None if ratio is None else ratio.view(-1, 1, 1, 1)):
         weight = weight if factor is None else weight * factor
     z = torch.nn.functional.conv2d(x, weight, shift, padding=ctx.padding)
