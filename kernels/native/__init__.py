@@ -13,12 +13,18 @@ from pathlib import Path
 import torch
 
 
-@functools.cache
+# torch.compile takes the answer as it is instead of tracing how it was found.
+@torch.compiler.assume_constant_result
 def load() -> tuple[bool, str]:
     """Loads the library for this processor, once a process: (whether it is there, which one or why not).
 
     It is looked for where ``MTL_FAST_LIBRARY`` says, in the user's folder, and in the installed package.
     """
+    return _load_once()
+
+
+@functools.cache
+def _load_once() -> tuple[bool, str]:
     from .build import SOURCE_FOLDER, library_name, runnable_variants, user_folder
 
     named = os.environ.get("MTL_FAST_LIBRARY")
