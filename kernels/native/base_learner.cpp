@@ -84,9 +84,9 @@ void head_cotangents(const Operands& o, int64_t task, const float* d_logits, con
   // [C, m] @ [m, D] -> [C, D]
   sum_of_products({{{g, 1, C}, {m > 0 ? o.query_rows(task, 0) : nullptr, D}, m}}, start, C, D, d_weight, D);
   for (int64_t c = 0; c < C; ++c) {
-    float total = direct_bias ? direct_bias[task * C + c] : 0;
+    double total = direct_bias ? direct_bias[task * C + c] : 0;
     for (int64_t i = 0; i < m; ++i) total += g[i * C + c];
-    d_bias[c] = total;
+    d_bias[c] = static_cast<float>(total);
   }
 }
 
@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fit_backward(
   const float* const h = values(kernel, holders[4]);
   const float* const p = values(trajectory, holders[5]);
 
-  const Tensor none = at::empty({0}, options);
-  Tensor d_query = none, d_support = none, d_weight = none, d_bias = none;
+  const auto nothing = [&] { return at::empty({0}, options); };
+  Tensor d_query = nothing(), d_support = nothing();
   if (want_query) {
     d_query = g ? at::empty(o.query.sizes(), options) : at::zeros(o.query.sizes(), options);
     if (g) predict_backward(o, g, w, d_query.mutable_data_ptr<float>());
@@ -140,11 +140,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fit_backward(
   if (want_support) {
     d_support = through_steps ? at::empty(o.support.sizes(), options) : at::zeros(o.support.sizes(), options);
   }
-  if (!want_head && !(want_support && through_steps)) return {d_support, d_query, none, none};
+  if (!want_head && !(want_support && through_steps)) return {d_support, d_query, nothing(), nothing()};
 
   // A shared head's gradient is a part from each task.
-  d_weight = at::empty({o.n_tasks, C, D}, options);
-  d_bias = at::empty({o.n_tasks, C}, options);
+  const Tensor d_weight = at::empty({o.n_tasks, C, D}, options);
+  const Tensor d_bias = at::empty({o.n_tasks, C}, options);
   float* const dw = d_weight.mutable_data_ptr<float>();
   float* const db = d_bias.mutable_data_ptr<float>();
   float* const dx = want_support ? d_support.mutable_data_ptr<float>() : nullptr;
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fit_backward(
                         want_support ? dx + task * n * D : nullptr);
     }
   });
-  if (!want_head) return {d_support, d_query, none, none};
+  if (!want_head) return {d_support, d_query, nothing(), nothing()};
   if (!o.shared) return {d_support, d_query, d_weight, d_bias};
   return {d_support, d_query, sum_over_tasks(d_weight), sum_over_tasks(d_bias)};
 }

@@ -25,6 +25,10 @@ A row whose `support_mask` is False contributes nothing, whatever it holds (NaN 
 number of valid rows; a task without any keeps the initial head. ``n_steps=0`` gives the initial head.
 
 Half-precision inputs are computed in float32, also under autocast.
+
+Backends: `torch` runs everywhere, in either form. `native` runs the dual form on a CPU in float32, with at most
+128 support rows and 64 classes a task; its gradients are closed forms, and their own derivatives go through the
+reference.
 """
 
 from __future__ import annotations
@@ -36,12 +40,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import base_learner as reference
-from .backend import choose
+from . import _base_learner_native as native
+from .backend import choose, register
 
 Order = Literal["first", "second"]
 Form = Literal["auto", "dual", "primal"]
 
-_IMPLEMENTATIONS = {"torch": reference}
+_IMPLEMENTATIONS = {"torch": reference, "native": native}
+register("base_learner", "native", native.can_run)
 
 
 def base_learner(
@@ -87,7 +93,8 @@ def base_learner(
     """
     _check(support, support_labels, weight, bias, inner_lr, n_steps, order, form, support_mask)
     _check_query(query, support, weight)
-    choice = choose("base_learner", backend, support=support, weight=weight, order=order, form=form)
+    facts = {"support": support, "weight": weight, "others": (query, bias), "n_steps": n_steps, "form": form}
+    choice = choose("base_learner", backend, **facts)
     return _IMPLEMENTATIONS[choice.backend].base_learner(
         support,
         support_labels,
@@ -122,7 +129,8 @@ def fit_heads(
         the initial head when ``n_steps=0``: do not write into it.
     """
     _check(support, support_labels, weight, bias, inner_lr, n_steps, order, form, support_mask)
-    choice = choose("base_learner", backend, support=support, weight=weight, order=order, form=form)
+    facts = {"support": support, "weight": weight, "others": (bias,), "n_steps": n_steps, "form": form}
+    choice = choose("base_learner", backend, **facts)
     return _IMPLEMENTATIONS[choice.backend].fit_heads(
         support,
         support_labels,
@@ -158,7 +166,9 @@ def query_logits_by_step(
     """
     _check(support, support_labels, weight, bias, inner_lr, n_steps, "first", "dual", support_mask)
     _check_query(query, support, weight)
-    choice = choose("base_learner", backend, support=support, weight=weight, order="first", form="dual")
+    choice = choose(
+        "base_learner", backend, support=support, weight=weight, others=(query, bias), by_step=True
+    )
     return _IMPLEMENTATIONS[choice.backend].query_logits_by_step(
         support,
         support_labels,
