@@ -99,6 +99,7 @@ class ScaleShiftConv2d(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Kaiming-normal weight over the fan-out, as ResNets start; bias 0."""
+        self._filters = None
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

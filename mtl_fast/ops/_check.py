@@ -65,6 +65,10 @@ def output_shape(x: tuple[int, ...], filters: FrozenFilters) -> tuple[int, int, 
     height, width = (
         (x[2 + i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     )
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"x: images {tuple(x)} are smaller than the taps of weight {tuple(filters.weight.shape)}"
+        )
     return x[0], n_out, height, width
 
 

@@ -121,9 +121,12 @@ def packed(filters: FrozenFilters) -> tuple[Tensor, Tensor]:
     kept = filters.derived
     if "taps" in kept and not filters.weight.requires_grad:
         return kept["taps"], kept["rotated"]
-    taps, rotated = torch.ops.mtl_fast.pack_filters(filters.weight.detach())
+    # What is kept serves gradients later, also when it was first asked for in inference mode.
+    with torch.inference_mode(False):
+        taps, rotated = torch.ops.mtl_fast.pack_filters(filters.weight.detach())
     if not filters.weight.requires_grad and not torch.compiler.is_compiling():
-        kept["taps"], kept["rotated"] = taps, rotated
+        # In this order: another thread that sees the taps finds the rotated ones too.
+        kept["rotated"], kept["taps"] = rotated, taps
     return taps, rotated
 
 
@@ -229,20 +232,20 @@ def _(
     wanted: int,
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none, n_out = x.new_empty(0), shift.shape[0]
+    n_out = shift.shape[0]
     side = _side(taps)
     size = [length + 2 * padding - side + 1 for length in x.shape[2:]]
     weights = {
-        NOTHING: none,
+        NOTHING: x.new_empty(0),
         KERNEL_SCALE: x.new_empty(taps.shape[0], taps.shape[2]),
         FILTER_SCALE: x.new_empty(n_out),
         WEIGHT: torch.empty_like(taps),
     }
     return (
-        _images(x, *x.shape) if needs_x else none,
+        _images(x, *x.shape) if needs_x else x.new_empty(0),
         weights[wanted],
         x.new_empty(n_out),
-        _images(x, x.shape[0], n_out, *size) if needs_residual else none.clone(),
+        _images(x, x.shape[0], n_out, *size) if needs_residual else x.new_empty(0),
     )
 
 
@@ -326,14 +329,14 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     weight = _unpacked(taps, n_out)
     for factor in (scale, None if ratio is None else ratio.view(-1, 1, 1, 1)):
         weight = weight if factor is None else weight * factor
-    z = torch.nn.functional.conv2d(x, weight, shift, padding=ctx.padding)
     inputs = {0: x, 1: taps, 3: scale, 5: shift}
     asked = [i for i in inputs if ctx.needs_input_grad[i]]
     grads: list[Tensor | None] = [None] * 12
-    for i, value in zip(
-        asked, torch.autograd.grad(z, [inputs[i] for i in asked], inner, create_graph=True), strict=True
-    ):
-        grads[i] = value
+    if asked:
+        z = torch.nn.functional.conv2d(x, weight, shift, padding=ctx.padding)
+        values = torch.autograd.grad(z, [inputs[i] for i in asked], inner, create_graph=True)
+        for i, value in zip(asked, values, strict=True):
+            grads[i] = value
     if ctx.needs_input_grad[6]:
         grads[6] = inner if ACTIVATIONS[ctx.activation] == "after_residual" else skipped
     return tuple(grads)
