@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from mtl_fast.ops.base_learner import base_learner
+from mtl_fast.ops import base_learner, why
 
 N_TASKS, N_WAY, N_QUERY, N_FEATURES, INNER_LR = 16, 5, 15, 640, 0.05
 Fit = Callable[..., Tensor]
@@ -70,11 +70,12 @@ def batched_primal(
     return torch.baddbmm(b + b0, query, (w + w0).mT)
 
 
-def ours(form: str) -> Fit:
+def ours(form: str, backend: str) -> Fit:
     def run(
         support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, **options: Any
     ) -> Tensor:
-        return base_learner(support, labels, query, weight, bias, inner_lr=INNER_LR, form=form, **options)
+        how: dict[str, Any] = {"inner_lr": INNER_LR, "form": form, "backend": backend, **options}
+        return base_learner(support, labels, query, weight, bias, **how)
 
     return run
 
@@ -82,11 +83,14 @@ def ours(form: str) -> Fit:
 FITS: dict[str, Fit] = {
     "peer_one_task_at_a_time": one_task_at_a_time,
     "peer_batched_primal": batched_primal,
-    "primal": ours("primal"),
-    "dual": ours("dual"),
-    "auto": ours("auto"),
+    "torch_primal": ours("primal", "torch"),
+    "torch_dual": ours("dual", "torch"),
+    "native": ours("dual", "native"),
 }
-by_fit = pytest.mark.parametrize("name", FITS)
+needs_native = pytest.mark.skipif(why("base_learner").startswith("torch"), reason=why("base_learner"))
+by_fit = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_native if name == "native" else ()) for name in FITS]
+)
 by_shot = pytest.mark.parametrize("n_shot", [1, 5])
 
 
