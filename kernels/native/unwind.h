@@ -5,6 +5,59 @@
 
 namespace mtl {
 
+// dL/dy before the activation.
+inline Vec through_activation(Activation activation, float slope, VecInt code, Vec upper) {
+  if (activation == Activation::kNone) return upper;
+  return select((code & kPositive) != 0, upper, broadcast(slope) * upper);
+}
+
+// The way back through `finish_tile`, a tile at a time.
+struct Unwound {
+  Geometry g;
+  Activation activation;
+  float slope;
+  bool pool;
+  const float* grad;     // dL/dy [N, H'', W'', O], of the pooled size where there is pooling
+  const uint8_t* codes;  // of the same shape; null where nothing was coded
+
+  // Gradients of 2×2 values: before the activation and the residual, and of the residual.
+  struct Tile {
+    Vec inner[2][2], residual[2][2];
+  };
+
+  // Zeros where pooling drops an odd last row or column; undefined outside the image.
+  Tile tile(const TileGrid::Place& at, int64_t o, int lanes) const {
+    const int64_t h = g.out_h(), w = g.out_w();
+    Tile t{};
+    if (pool && (at.top + 1 >= h || at.left + 1 >= w)) return t;
+    const int64_t step = pool ? 2 : 1;
+    const int64_t corner = ((at.image * (h / step) + at.top / step) * (w / step) + at.left / step) * g.n_out + o;
+    if (pool) {
+      const VecInt code = load_codes(codes + corner, lanes);
+      const Vec upper = load_part(grad + corner, lanes);
+      const Vec inner = through_activation(activation, slope, code, upper);
+      const Vec residual = activation == Activation::kBeforeResidual ? upper : inner;
+      MTL_UNROLL for (int place = 0; place < 4; ++place) {
+        const VecInt here = (code & 3) == place;
+        t.inner[place / 2][place % 2] = select(here, inner, Vec{});
+        t.residual[place / 2][place % 2] = select(here, residual, Vec{});
+      }
+      return t;
+    }
+    MTL_UNROLL for (int i = 0; i < 2; ++i) {
+      MTL_UNROLL for (int j = 0; j < 2; ++j) {
+        if (at.top + i >= h || at.left + j >= w) continue;
+        const int64_t pixel = corner + (i * w + j) * g.n_out;
+        const Vec upper = load_part(grad + pixel, lanes);
+        const VecInt code = codes ? load_codes(codes + pixel, lanes) : VecInt{};
+        t.inner[i][j] = through_activation(activation, slope, code, upper);
+        t.residual[i][j] = activation == Activation::kBeforeResidual ? upper : t.inner[i][j];
+      }
+    }
+    return t;
+  }
+};
+
 struct PartialSumsTag {};
 
 struct Unwinding {
@@ -60,7 +113,7 @@ struct Unwinding {
     const Vec upper = load_part(grad + at, lanes);
     const VecInt code = codes ? load_codes(codes + at, lanes) : VecInt{};
     const VecInt positive = (code & kPositive) != 0;
-    const Vec d = activation == Activation::kNone ? upper : select(positive, upper, broadcast(slope) * upper);
+    const Vec d = through_activation(activation, slope, code, upper);
     store(sums + o, load(sums + o) + d);
     if (by_output) {
       const Vec z = before(at, corner, o, lanes, code, positive);

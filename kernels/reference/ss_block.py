@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..contracts import BlockOutput, ConvOperands, Epilogue
+from ..contracts import BlockOutput, ConvOperands, Epilogue, Normalised
 from .episode_norm import episode_norm
 from .ss_conv import ss_conv
 
@@ -22,8 +22,12 @@ def ss_block(
     mask: Tensor | None,
     fold: bool,
     convolve: Callable[..., Tensor] = ss_conv,
+    normalise: Callable[..., Normalised] = episode_norm,
 ) -> BlockOutput:
-    """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`. `convolve` computes its convolutions."""
+    """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`.
+
+    `convolve` computes its convolutions, `normalise` their batch statistics and what follows.
+    """
     statistics = []
     if mask is not None:
         # A masked image may hold NaN, and a weight's gradient would be 0·NaN.
@@ -33,7 +37,7 @@ def ss_block(
         if conv.norm is None or n_groups == 0:
             return convolve(z, conv, epilogue=after, residual=residual, fold=fold)
         z = convolve(z, conv.without_norm(), epilogue=Epilogue(), residual=None, fold=False)
-        out = episode_norm(z, conv.norm, n_groups=n_groups, mask=mask, epilogue=after, residual=residual)
+        out = normalise(z, conv.norm, n_groups=n_groups, mask=mask, epilogue=after, residual=residual)
         statistics.append((out.mean, out.var, out.n_values))
         return out.output
 

@@ -18,14 +18,11 @@ from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue, FrozenFilters
 from ..kernels.reference.effective_weights import effective_weights, stored_scale
+from ._epilogue_codes import ACTIVATIONS, unwound
 from ._library import LIBRARY, native_runs
 
-# In the order of the C++ enumeration.
-ACTIVATIONS = ("none", "before_residual", "after_residual")
-# What the backward operator computes for the weights, likewise.
+# What the backward operator computes for the weights, in the order of the C++ enumeration.
 NOTHING, KERNEL_SCALE, FILTER_SCALE, WEIGHT = range(4)
-# A code of the output: the maximum's place in its window, and whether the activation's input was positive.
-PLACE, POSITIVE = 3, 4
 # Columns of packed taps come in whole panels of every vector width.
 PACKED_COLUMNS = 32
 
@@ -321,11 +318,9 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     x, taps, _, scale, ratio, shift, codes, *_ = ctx.saved_tensors
     n_out = shift.shape[0]
     side = _side(taps)
-    upper = grad
-    if ACTIVATIONS[ctx.activation] != "none":
-        grad = torch.where((codes & POSITIVE) != 0, grad, ctx.slope * grad)
     height, width = (length + 2 * ctx.padding - side + 1 for length in x.shape[2:])
-    inner, skipped = ((_unpooled(g, codes, height, width) if ctx.pool else g) for g in (grad, upper))
+    pooled_from = (height, width) if ctx.pool else None
+    inner, skipped = unwound(grad, codes, ACTIVATIONS[ctx.activation], ctx.slope, pooled_from)
     weight = _unpacked(taps, n_out)
     for factor in (scale, None if ratio is None else ratio.view(-1, 1, 1, 1)):
         weight = weight if factor is None else weight * factor
@@ -338,16 +333,8 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         for i, value in zip(asked, values, strict=True):
             grads[i] = value
     if ctx.needs_input_grad[6]:
-        grads[6] = inner if ACTIVATIONS[ctx.activation] == "after_residual" else skipped
+        grads[6] = skipped
     return tuple(grads)
-
-
-def _unpooled(grad: Tensor, codes: Tensor, height: int, width: int) -> Tensor:
-    """[N, O, H'//2, W'//2] at the places of the maxima in [N, O, H', W']."""
-    windows = torch.stack([torch.where((codes & PLACE) == place, grad, 0) for place in range(4)], dim=-1)
-    # [N, O, h, w, 2·2] -> [N, O, 2h, 2w]
-    full = windows.unflatten(-1, (2, 2)).permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
-    return torch.nn.functional.pad(full, (0, width - full.shape[3], 0, height - full.shape[2]))
 
 
 torch.library.register_autograd("mtl_fast::ss_conv", _backward, setup_context=_context)

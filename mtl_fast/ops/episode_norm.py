@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, Epilogue, Normalised
 from ..kernels.reference import episode_norm as reference
-from . import _check
-from .backend import choose
+from . import _check, _episode_norm_native
+from .backend import choose, register
 
-_IMPLEMENTATIONS = {"torch": reference}
+_IMPLEMENTATIONS = {"torch": reference.episode_norm, "native": _episode_norm_native.episode_norm}
+
+
+def _native_runs(
+    z: Tensor | None = None,
+    norm: ChannelNorm | None = None,
+    epilogue: Epilogue | None = None,
+    residual: Tensor | None = None,
+    **_: Any,
+) -> tuple[bool, str]:
+    norm = norm or ChannelNorm(None, None)
+    return _episode_norm_native.runs(z, norm, epilogue or Epilogue(), residual)
+
+
+register("episode_norm", "native", _native_runs)
 
 
 def episode_norm(
@@ -56,7 +72,7 @@ def episode_norm(
         if vector is not None and tuple(vector.shape) != (z.shape[1],):
             raise ValueError(f"norm.{key}: shape {tuple(vector.shape)} does not fit images {tuple(z.shape)}")
     _check.epilogue(epilogue, tuple(z.shape), residual)
-    choice = choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue)
-    return _IMPLEMENTATIONS[choice.backend].episode_norm(
+    choice = choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue, residual=residual)
+    return _IMPLEMENTATIONS[choice.backend](
         z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual
     )

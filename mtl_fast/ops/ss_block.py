@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
 from ..kernels.reference import ss_block as reference
-from . import _check, _ss_conv_native
+from . import _check, _episode_norm_native, _ss_conv_native
 from .backend import choose, register
 
 
@@ -23,10 +23,15 @@ def _native_runs(
     **_: Any,
 ) -> tuple[bool, str]:
     layers = [*convs] if shortcut is None else [*convs, shortcut]
+    epilogue = epilogue or Epilogue()
     if n_groups:
         # Batch statistics follow the convolutions as an operation of their own.
+        for norm in (conv.norm for conv in layers if conv.norm is not None):
+            can, reason = _episode_norm_native.runs(x, norm, epilogue, None)
+            if not can:
+                return False, reason
         layers = [conv.without_norm() for conv in layers]
-    return _ss_conv_native.runs(layers, x, epilogue or Epilogue(), None, fold)
+    return _ss_conv_native.runs(layers, x, epilogue, None, fold)
 
 
 register("ss_block", "native", _native_runs)
@@ -104,7 +109,9 @@ def ss_block(
         n_groups=n_groups,
         fold=fold,
     )
-    options: dict[str, Any] = {} if choice.backend == "torch" else {"convolve": _ss_conv_native.ss_conv}
+    options: dict[str, Any] = {}
+    if choice.backend == "native":
+        options = {"convolve": _ss_conv_native.ss_conv, "normalise": _episode_norm_native.episode_norm}
     return reference.ss_block(
         x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold, **options
     )

@@ -55,7 +55,7 @@ def test_one_group_is_batch_normalisation_to_the_bit(
     z, norm = make(size, dtype=torch.float32)
     z, epilogue = z.contiguous(memory_format=memory), replace(epilogue, pool=min(z.shape[2:]) > 1)
     residual = Random(1, torch.float32).normal(*z.shape)
-    out = episode_norm(z, norm, n_groups=1, epilogue=epilogue, residual=residual)
+    out = episode_norm(z, norm, n_groups=1, epilogue=epilogue, residual=residual, backend="torch")
     assert torch.equal(out.output, plain_epilogue(plain_norm(z, norm, batch=True), epilogue, residual))
     values = z.double().transpose(0, 1).flatten(1)
     # PyTorch's own sums: rounding of √(values) steps.
@@ -115,7 +115,7 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype, n_groups: int) -
     z, norm = make((2, 3, 5, 4, 4), dtype=dtype)
     out = episode_norm(z, norm, n_groups=n_groups)
     wide = replace(norm, weight=norm.weight.float(), bias=norm.bias.float())
-    expected = episode_norm(z.float(), wide, n_groups=n_groups)
+    expected = episode_norm(z.float(), wide, n_groups=n_groups, backend="torch")
     assert torch.equal(out.output, expected.output.to(dtype))
     assert torch.equal(out.var, expected.var)
     assert out.var.dtype == torch.float32

@@ -73,7 +73,7 @@ def test_a_block_is_the_block_written_out_to_the_bit(
     form: str, granularity: str, size: tuple[int, ...], n_groups: int
 ) -> None:
     x, convs, shortcut = make(form, granularity, size, torch.float32)
-    out = run(x, convs, shortcut, form, n_groups=n_groups, fold=False)
+    out = run(x, convs, shortcut, form, n_groups=n_groups, fold=False, backend="torch")
     assert torch.equal(out.output, written_out(x, convs, shortcut, form, batch=n_groups == 1))
     assert len(out.statistics) == (0 if n_groups == 0 else 4 if form == "common" else 3)
 
