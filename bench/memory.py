@@ -1,0 +1,141 @@
+"""Peak memory of a meta-training step, in a process of its own: `python -m bench.memory SIDE TASKS`.
+
+What is counted is the growth of the resident set from before the network is built to the highest point of two
+steps, the ones before them (caches, transformed weights, optimiser, compiler) left out of the peak but not of what
+they keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .harness import Line, Settings, Target, ratios
+
+OURS = "ours"
+N_PROCESSES = 3
+PROC = Path("/proc/self")
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of the kernel's accounting: VmRSS now, VmHWM the highest since the last reset."""
+    lines = (PROC / "status").read_text("utf-8").splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(field + ":"))
+    return int(kilobytes) * 1024
+
+
+def measure(side: str, n_tasks: int, *, quick: bool) -> int:
+    """Bytes that two tasks at a time of `n_tasks` need; `side` is ours or the name of a peer."""
+    from .step import Problem
+
+    problem = Problem(n_tasks=n_tasks, quick=quick)
+    torch.compile(torch.sin)(
+        torch.ones(1, requires_grad=True)
+    ).sum().backward()  # compiler and threads are there
+    before = _resident("VmRSS")
+    if side == OURS:
+        per_task = problem.episodes.support.shape[1] + problem.episodes.query.shape[1]
+        step = problem.ours(images_per_chunk=2 * per_task)
+    else:
+        step = problem.peer(side)
+    step()
+    (PROC / "clear_refs").write_text("5", "utf-8")
+    for _ in range(2):
+        step()
+    return _resident("VmHWM") - before
+
+
+def in_processes(side: str, n_tasks: int, settings: Settings) -> tuple[list[int], str]:
+    """Bytes of some fresh processes, and why there are none."""
+    if not (PROC / "clear_refs").exists():
+        return [], "this system does not tell the peak of a process (no /proc/self/clear_refs)"
+    command = [
+        sys.executable,
+        "-m",
+        "bench.memory",
+        side,
+        str(n_tasks),
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
+    found = []
+    for _ in range(1 if settings.quick else N_PROCESSES):
+        done = subprocess.run(
+            [*command, *(["--quick"] if settings.quick else [])], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return [], f"{side}: {done.stderr.strip().splitlines()[-1]}"
+        found.append(int(done.stdout.split()[-1]))
+    return found, ""
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Each peer's peak over ours, 2 tasks."""
+
+    name: str
+    peers: tuple[str, ...]
+
+    def measure(self, settings: Settings) -> Iterable[Line]:
+        ours, why_not = in_processes(OURS, 2, settings)
+        for name in self.peers:
+            peer, why_not_peer = in_processes(name, 2, settings)
+            if why_not or why_not_peer:
+                yield Line(self.name, refused=why_not or why_not_peer)
+                continue
+            yield Line(
+                self.name,
+                ours=megabytes(median(ours)),
+                peer=f"{name} {megabytes(median(peer))}",
+                values=ratios(ours, peer),
+                best=min(peer) / min(ours),
+                details={"bytes": {OURS: ours, name: peer}},
+            )
+
+
+@dataclass(frozen=True)
+class MemoryGrowthRow:
+    """How much more 64 tasks need than 2, two tasks in flight in both."""
+
+    name: str
+    target: Target
+
+    def measure(self, settings: Settings) -> Iterable[Line]:
+        few, why_not = in_processes(OURS, 2, settings)
+        many, why_not_many = in_processes(OURS, 64, settings)
+        if why_not or why_not_many:
+            return [Line(self.name, refused=why_not or why_not_many)]
+        return [
+            Line(
+                self.name,
+                ours=megabytes(median(many)),
+                peer=f"2 tasks {megabytes(median(few))}",
+                values=tuple(m / f - 1 for f, m in zip(few, many, strict=True)),
+                best=min(many) / min(few) - 1,
+                target=self.target,
+                unit="%",
+                details={"bytes": {"2 tasks": few, "64 tasks": many}},
+            )
+        ]
+
+
+def megabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side")
+    parser.add_argument("tasks", type=int)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(measure(arguments.side, arguments.tasks, quick=arguments.quick))

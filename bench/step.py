@@ -1,0 +1,120 @@
+"""The meta-training step, ResNet-12 at 32 pixels, 2 tasks of 5-way 5-shot with 15 queries, first order, 20 steps.
+
+Ours is `EpisodicEngine.step` and a step of Adam, from the uint8 store to moved parameters; so are the peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mtl_fast.engine import EpisodicEngine
+from mtl_fast.episodes import Episodes, EpisodeSampler
+from mtl_fast.nn import LinearHead
+
+from .accuracy import Expected, behind_kinks, convolution_bound
+from .harness import Against, Case, Contender, Measurable, Row, Target
+from .memory import MemoryGrowthRow, MemoryRow
+from .networks import (
+    FULL,
+    N_CONVS_DEEP,
+    N_KINKS_DEEP,
+    PREPROCESS,
+    SLIM,
+    direct_flops,
+    layers_of,
+    native_backend,
+    random_store,
+    trained_resnet12,
+)
+from .peers.meta_step import BatchedStep, Data, InnerLoop, PlainStep, Tasks
+
+INNER = InnerLoop(lr=0.05, n_steps=20)
+N_WAY, N_SHOT, N_QUERY, PIXELS = 5, 5, 15, 32
+PLAIN = "per task, NCHW"
+BATCHED = ("batched, NCHW", "batched, channels-last", "batched, channels-last, compiled")
+Step = Callable[[], Mapping[str, Tensor]]
+
+
+class Problem:
+    """The network, the head and the tasks of a step, and every way of taking it, each from the same start."""
+
+    def __init__(self, *, n_tasks: int, quick: bool) -> None:
+        self.widths = SLIM if quick else FULL
+        self.store = random_store(PIXELS)
+        generator = torch.Generator().manual_seed(0)
+        sampler = EpisodeSampler(self.store, N_WAY, N_SHOT, 2 if quick else N_QUERY, generator)
+        self.episodes = sampler.sample(n_tasks)
+
+    def ours(self, *, images_per_chunk: int | None = None, backend: str = "auto") -> Step:
+        encoder, head = trained_resnet12(self.widths, PIXELS), self._head()
+        encoder.backend = backend
+        engine = EpisodicEngine(
+            encoder,
+            head,
+            self.store,
+            PREPROCESS,
+            order="first",
+            inner_lr=INNER.lr,
+            inner_steps=INNER.n_steps,
+            images_per_chunk=images_per_chunk,
+        )
+        named = {"head weight": head.weight, "head bias": head.bias}
+        for i, conv in enumerate(encoder.convs()):
+            if conv.scale is not None and conv.shift is not None:
+                named |= {f"scale {i}": conv.scale, f"shift {i}": conv.shift}
+        optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+
+        def step() -> Mapping[str, Tensor]:
+            optimizer.zero_grad()
+            loss = engine.step(self.episodes).loss.mean()
+            optimizer.step()
+            return {"loss": loss} | {name: p.grad for name, p in named.items() if p.grad is not None}
+
+        return step
+
+    def peer(self, name: str, dtype: torch.dtype = torch.float32) -> Step:
+        layers, head = layers_of(trained_resnet12(self.widths, PIXELS), dtype), self._head().to(dtype)
+        data = Data(self.store.images, PREPROCESS.mean, PREPROCESS.std)
+        arguments = (layers, head.weight, head.bias, data, INNER)
+        if name == PLAIN:
+            take = PlainStep(*arguments)
+        else:
+            memory_format = torch.contiguous_format if "NCHW" in name else torch.channels_last
+            take = BatchedStep(*arguments, memory_format=memory_format, compiled="compiled" in name)
+        tasks = tasks_of(self.episodes)
+        return lambda: take(tasks)
+
+    def _head(self) -> LinearHead:
+        return LinearHead(self.widths[-1], N_WAY, generator=torch.Generator().manual_seed(1))
+
+
+def tasks_of(episodes: Episodes) -> Tasks:
+    return Tasks(episodes.support, episodes.support_labels, episodes.query, episodes.query_labels)
+
+
+def rows(quick: bool) -> Sequence[Measurable]:
+    return [
+        Row(f"meta-training step, ResNet-12 @ {PIXELS}, 2 tasks, first order", lambda: _case(quick)),
+        MemoryRow("peak memory of a meta-training step, 2 tasks", (PLAIN, *BATCHED)),
+        MemoryGrowthRow("peak memory of a meta-training step, 64 tasks", Target(0.05, 0.01, at_most=True)),
+    ]
+
+
+def _case(quick: bool) -> Case:
+    problem = Problem(n_tasks=2, quick=quick)
+    exact = problem.peer(PLAIN, torch.float64)()
+    bound = convolution_bound(9 * problem.widths[-1], N_CONVS_DEEP)
+    expected = {name: behind_kinks(value, bound, N_KINKS_DEEP) for name, value in exact.items()}
+    n_support, n_query = problem.episodes.support.numel(), problem.episodes.query.numel()
+    return Case(
+        ours=Contender("ours", problem.ours()),
+        peers=tuple(Contender(name, problem.peer(name)) for name in (PLAIN, *BATCHED)),
+        against=(Against((PLAIN,), Target(4, 6)), Against(BATCHED, Target(2, 3))),
+        expected=expected | {"loss": Expected(exact["loss"], bound)},
+        # Backward of the queries: the images' gradients and the weights', as much again each.
+        flops=direct_flops(problem.widths, PIXELS) * (n_support + 3 * n_query),
+        note=native_backend()[1],
+    )

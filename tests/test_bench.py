@@ -1,0 +1,254 @@
+"""The benchmarks judge before they time, count rightly, and run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.__main__ import main
+from bench.accuracy import Expected, behind_kinks, convolution_bound, mismatch, winograd_amplification
+from bench.encoder import rows as encoder_rows
+from bench.fits import rows as fit_rows
+from bench.harness import (
+    Against,
+    Case,
+    Contender,
+    Family,
+    Line,
+    Row,
+    Settings,
+    Spread,
+    Target,
+    geometric_mean,
+    interleaved,
+    ratios,
+)
+from bench.ops.bench_ss_conv import bare, conv_case
+from bench.ops.bench_ss_conv import rows as conv_rows
+from bench.pretrain import rows as pretrain_rows
+from bench.report import lines_of, text, verdict
+from bench.step import rows as step_rows
+from mtl_fast.ops import ConvOperands
+
+QUICK = Settings(rounds=3, quick=True)
+ONE = torch.ones(3, dtype=torch.float64)
+
+
+def returning(value: Tensor, name: str = "ours", calls: list[str] | None = None) -> Contender:
+    def run() -> Mapping[str, Tensor]:
+        if calls is not None:
+            calls.append(name)
+        return {"y": value}
+
+    return Contender(name, run)
+
+
+def case(ours: Contender, *peers: Contender, target: Target | None = None) -> Case:
+    names = tuple(peer.name for peer in peers)
+    return Case(ours, peers, (Against(names, target),), {"y": Expected(ONE, 1e-6)}, flops=10)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    assert ratios([1.0, 2.0, 4.0], [3.0, 4.0, 4.0]) == (3.0, 2.0, 1.0)
+
+
+def test_the_spread_is_median_and_the_fifths_around_it() -> None:
+    assert Spread.of([6.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.5, 2.0, 5.0)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_the_fastest_peer_is_the_one_of_the_smallest_median() -> None:
+    row = Row(
+        "a row", lambda: case(returning(ONE), returning(ONE, "a"), returning(ONE, "b"), returning(ONE, "c"))
+    )
+    times = {"ours": [1.0, 1.0, 1.0], "a": [9.0, 1.0, 9.0], "b": [4.0, 5.0, 3.0], "c": [5.0, 6.0, 4.0]}
+    line = row._line(row.build(), Against(("a", "b", "c"), Target(2, 3)), times, peak=5.0)
+    assert (line.values, line.peer[0]) == ((4.0, 5.0, 3.0), "b")
+    assert line.best == 3.0
+    assert line.share == 10 / 1.0 / 5.0
+
+
+def test_every_contender_is_timed_once_a_round_and_the_order_turns() -> None:
+    calls: list[str] = []
+    contenders = [returning(ONE, name, calls) for name in ("ours", "a", "b")]
+    slow = replace(QUICK, rounds=4)
+    times, peak = interleaved(contenders, slow)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"ours": 4, "a": 4, "b": 4}
+    assert peak > 0
+    turns = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+    # Warming, then rounds that start with ours, a, b and the matrix product, which leaves no trace.
+    assert turns == ["ours", "a", "b", "ours", "a", "b", "a", "b", "ours", "b", "ours", "a", "ours", "a", "b"]
+
+
+def family_line(*values: float, refused: str = "") -> Line:
+    return Line("a row", values=values, best=2.0, refused=refused)
+
+
+def test_the_geometric_mean_is_that_of_each_round() -> None:
+    family = Family("convs", 2, Target(2, 3))
+    mean = geometric_mean(family, [family_line(1.0, 4.0), family_line(4.0, 9.0)])
+    assert mean.values == pytest.approx((2.0, 6.0))
+    assert mean.best == pytest.approx(2.0)
+    assert mean.target == family.target
+
+
+def test_a_part_of_the_rows_has_no_target_and_a_refused_one_no_mean() -> None:
+    family = Family("convs", 3, Target(2, 3))
+    part = geometric_mean(family, [family_line(1.0), family_line(4.0)])
+    assert part.target is None
+    assert "2 of 3" in part.note
+    none = geometric_mean(
+        family, [family_line(1.0), replace(family_line(refused="wrong"), row="the red one")]
+    )
+    assert not none.values
+    assert "the red one" in none.refused
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "words"),
+    [
+        (Target(2, 3), 2.5, "must ≥ 2× holds, aim ≥ 3× MISSED"),
+        (Target(2, 3), 1.9, "must ≥ 2× MISSED, aim ≥ 3× MISSED"),
+    ],
+)
+def test_verdicts(target: Target, value: float, words: str) -> None:
+    assert verdict(target, value, "×") == words
+
+
+def test_a_bound_from_above_holds_below_it() -> None:
+    words = verdict(Target(0.05, 0.01, at_most=True), 0.03, "%")
+    assert words == "must ≤ +5.0% holds, aim ≤ +1.0% MISSED"
+
+
+def test_nothing_is_timed_when_any_value_is_wrong() -> None:
+    for wrong in ("ours", "peer"):
+        calls: list[str] = []
+        contenders = [
+            returning(ONE * (1.1 if name == wrong else 1), name, calls) for name in ("ours", "peer")
+        ]
+        (line,) = Row("a row", lambda c=contenders: case(*c, target=Target(2, 3))).measure(QUICK)
+        assert calls == ["ours", "peer"]
+        assert not line.values
+        assert line.refused.startswith(f"{wrong}: y is off by 1.0e-01")
+        assert "×" not in text(line, QUICK)
+        assert "refused" in text(line, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("actual", "word"),
+    [
+        ({"y": ONE * math.nan}, "nan"),
+        ({}, "missing"),
+        ({"y": ONE[:2]}, "(2,)"),
+        ({"y": ONE + 1e-5}, "1.0e-05"),
+    ],
+    ids=["nan", "missing", "shape", "off"],
+)
+def test_what_is_wrong_with_values(actual: Mapping[str, Tensor], word: str) -> None:
+    assert not mismatch({"y": ONE + 1e-8}, {"y": Expected(ONE, 1e-7)})
+    assert word in mismatch(actual, {"y": Expected(ONE, 1e-7)})
+
+
+def test_amplification_of_two_by_two_tiles_is_the_one_by_hand() -> None:
+    # Products of size √2, √1.5, √1.5, √2; an output sums three of them and has the size √3.
+    assert winograd_amplification((0.0, 1.0, -1.0)) == pytest.approx(5 / 3)
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter"])
+@pytest.mark.parametrize("fault", ["unscaled", "unshifted", "no-shift-gradient", "last-row"])
+def test_a_broken_convolution_is_refused(granularity: str, fault: str) -> None:
+    def broken(x: Tensor, conv: ConvOperands) -> Tensor:
+        if fault == "unscaled":
+            return bare(x, replace(conv, scale=torch.ones_like(conv.scale) + 0 * conv.scale))
+        if fault == "unshifted":
+            return bare(x, replace(conv, shift=0 * conv.shift))
+        if fault == "no-shift-gradient":
+            return bare(x, replace(conv, shift=conv.shift.detach() + 0 * conv.shift))
+        keep = torch.ones(x.shape[2], 1)
+        keep[-1] = 0
+        return bare(x, conv) * keep
+
+    (line,) = Row("broken", lambda: conv_case(granularity, 2, 8, 7, ours=broken)).measure(QUICK)
+    assert line.refused.startswith("ours: ")
+    (line,) = Row("right", lambda: conv_case(granularity, 2, 8, 7, ours=bare)).measure(QUICK)
+    assert len(line.values) == 3
+
+
+def test_bounds_see_a_wrong_term() -> None:
+    assert convolution_bound(9 * 512) < 1e-3
+    # The deepest gradient of a full ResNet-12.
+    assert behind_kinks(ONE, convolution_bound(9 * 512, 12), 16).bound < 0.1
+
+
+def test_behind_kinks_a_single_value_may_differ_but_not_all() -> None:
+    ones = torch.ones(100_000, dtype=torch.float64)
+    expected = {"y": behind_kinks(ones, 1e-4, 2)}
+    one, all_of_them = ones.clone(), ones * 1.1
+    one[0] = -0.5
+    assert not mismatch({"y": one}, expected)
+    assert mismatch({"y": all_of_them}, expected)
+
+
+def test_every_row_of_the_targets_is_there() -> None:
+    convs = conv_rows(quick=False)
+    assert [row.family.n_rows for row in convs if row.family] == [8] * 16
+    assert {row.family.name for row in convs if row.family} == {"ss_conv kernel", "ss_conv filter"}
+    assert [row.name for row in encoder_rows(quick=False)] == [
+        "encoder forward, ResNet-12 @ 84, batch 80",
+        "encoder forward, ResNet-12 @ 32, batch 80",
+    ]
+    assert len(fit_rows(quick=False)) == 4
+    assert [row.name.split(",")[0] for row in [*step_rows(quick=False), *pretrain_rows(quick=False)]] == [
+        "meta-training step",
+        "peak memory of a meta-training step",
+        "peak memory of a meta-training step",
+        "pre-training step",
+    ]
+
+
+def test_families_end_with_their_mean(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "lines.jsonl"
+    assert main(["ops", "--quick", "--rows", "ss_conv", "--threads", "1", "--output", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("quick: not to be quoted")
+    assert "must" not in printed
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [line["row"].split(",")[0] for line in lines] == ["ss_conv kernel"] * 3 + ["ss_conv filter"] * 3
+    assert lines[2]["row"].endswith("geometric mean")
+    assert all(line["quick"] and "must_holds" not in line and line["threads"] == 1 for line in lines)
+    assert {"ours", "NCHW", "channels-last"} == set(lines[0]["details"]["seconds"])
+
+
+def test_fits_run() -> None:
+    lines = list(lines_of(fit_rows(quick=True), QUICK))
+    assert len(lines) == 8
+    assert all(line.values for line in lines), [line.refused for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["step", "--rows", "nothing of this name"], "no row of step"),
+        (["ops", "--rounds", "3"], "at least 7"),
+        (["everything"], "invalid choice"),
+    ],
+)
+def test_errors_of_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["ops", "step", "pretrain"])
+def test_networks_and_memory_run(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = {"ops": "encoder", "step": "tasks", "pretrain": ""}[part]
+    assert main([part, "--quick", "--rows", name, "--threads", "1"]) == 0, capsys.readouterr().out
