@@ -20,8 +20,9 @@ void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, in
     const float* filter = u + (F::kFilterPoints == 1 ? 0 : point * panel_stride(g.n_in));
     // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
     for (int64_t t = 0; t < n_tiles; t += kRows) {
-      product<1>(v + point * stride + t * row, row, filter, kPanel, g.n_in,
-                 static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), m + point * m_stride + t * kPanel, kPanel);
+      product<Left::kRows>(
+          {v + point * stride + t * row, row, filter, kPanel, g.n_in, m + point * m_stride + t * kPanel, kPanel},
+          static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), g.n_out - o);
     }
   }
   for (int64_t t = 0; t < n_tiles; ++t) {

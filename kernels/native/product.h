@@ -1,4 +1,4 @@
-// Matrix products on register tiles: kRows rows × two vectors of columns.
+// Matrix products on register tiles: up to kRows rows × one or two vectors of columns.
 #pragma once
 
 #include "vec.h"
@@ -8,44 +8,66 @@ namespace mtl {
 constexpr int kRows = kRegisters == 32 ? 12 : 6;  // 24 (12) accumulators, two columns and a broadcast fit
 constexpr int kPanel = 2 * kLanes;                // columns of a panel
 
-// [ROWS, K] @ [K, kPanel] -> [ROWS, kPanel]; a[r·row + k·column], b [K, ldb], c [ROWS, ldc].
-template <int ROWS>
-inline __attribute__((always_inline)) void product_rows(
-    const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, int64_t K, float* c, int64_t ldc) {
-  Vec sums[ROWS][2];
+// The left matrix lies by rows, a[r·lda + k], or transposed, a[k·lda + r].
+enum class Left { kRows, kTransposed };
+
+// The left matrix [rows, K], the right one b [K, ldb], the result c [rows, ldc].
+struct Factors {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb, K;
+  float* c;
+  int64_t ldc;
+};
+
+// [ROWS, K] @ [K, VECTORS·kLanes] -> [ROWS, VECTORS·kLanes], from row `r0` on.
+template <Left LEFT, int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0) {
+  const int64_t row = LEFT == Left::kRows ? f.lda : 1, column = LEFT == Left::kRows ? 1 : f.lda;
+  const float* a = f.a + r0 * row;
+  Vec sums[ROWS][VECTORS];
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = Vec{};
-  for (int64_t k = 0; k < K; ++k) {
-    const Vec left = load(b + k * ldb), right = load(b + k * ldb + kLanes);
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = Vec{};
+  for (int64_t k = 0; k < f.K; ++k) {
+    Vec columns[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) columns[v] = load(f.b + k * f.ldb + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const Vec x = broadcast(a[r * row + k * column]);
-      sums[r][0] = sums[r][0] + x * left;
-      sums[r][1] = sums[r][1] + x * right;
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] = sums[r][v] + x * columns[v];
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    store(c + r * ldc, sums[r][0]);
-    store(c + r * ldc + kLanes, sums[r][1]);
-  }
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(f.c + (r0 + r) * f.ldc + v * kLanes, sums[r][v]);
 }
 
-// The same for `rows` <= kRows rows. Fewer rows are computed in steps of four (two), so that few kernels exist.
-template <int COLUMN_OF_A_IS_ONE>
-inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t K, int rows, float* c,
-                    int64_t ldc) {
-  const int64_t row = COLUMN_OF_A_IS_ONE ? lda : 1, column = COLUMN_OF_A_IS_ONE ? 1 : lda;
-  switch (rows) {
-    case 12: if constexpr (kRows >= 12) { product_rows<12>(a, row, column, b, ldb, K, c, ldc); return; } break;
-    case 8: if constexpr (kRows >= 8) { product_rows<8>(a, row, column, b, ldb, K, c, ldc); return; } break;
-    case 6: product_rows<6>(a, row, column, b, ldb, K, c, ldc); return;
-    case 4: product_rows<4>(a, row, column, b, ldb, K, c, ldc); return;
-    default: break;
-  }
+// The same for rows <= kRows: a whole tile at once, less in eights, fours and ones, so that few kernels exist.
+template <Left LEFT, int VECTORS>
+inline void product_columns(const Factors& f, int rows) {
+  if (rows == kRows) return product_rows<LEFT, kRows, VECTORS>(f, 0);
   int r = 0;
-  for (; r + 4 <= rows; r += 4) product_rows<4>(a + r * row, row, column, b, ldb, K, c + r * ldc, ldc);
-  for (; r < rows; ++r) product_rows<1>(a + r * row, row, column, b, ldb, K, c + r * ldc, ldc);
+  if constexpr (kRows > 8) {
+    if (rows >= 8) product_rows<LEFT, 8, VECTORS>(f, 0), r = 8;
+  }
+  for (; r + 4 <= rows; r += 4) product_rows<LEFT, 4, VECTORS>(f, r);
+  for (; r < rows; ++r) product_rows<LEFT, 1, VECTORS>(f, r);
+}
+
+// A panel, or only its first vector where `columns` ends there.
+template <Left LEFT>
+inline void product(const Factors& f, int rows, int64_t columns) {
+  if (columns <= kLanes) {
+    product_columns<LEFT, 1>(f, rows);
+  } else {
+    product_columns<LEFT, 2>(f, rows);
+  }
 }
 
 }  // namespace mtl

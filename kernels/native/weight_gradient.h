@@ -12,13 +12,13 @@ struct SlicesTag {};
 // Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, times the taps and summed (or whole), to `out`:
 // added, or as its `first` value.
 template <class F>
-void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, const float* taps, int64_t columns,
-                  bool whole, bool first, float* out) {
+void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_out, const float* taps,
+                  int64_t columns, bool whole, bool first, float* out) {
   constexpr int R = F::kTaps, P = F::kPatch;
   for (int r = 0; r < n_rows; ++r) {
     for (int half = 0; half < kPanel; half += kLanes) {
       const int64_t column = o + half;
-      if (column >= columns) break;
+      if (column >= n_out) break;
       const float* from = du + r * kPanel + half;
       Vec dw[R][R];
       if constexpr (R == 1) {
@@ -62,10 +62,11 @@ void gradient_block(const Geometry& g, const GradientPoints& p, int64_t block, i
   float* du = scratch<BlockTag>(F::kPoints * kRows * kPanel);
   for (int64_t point = 0; point < F::kPoints; ++point) {
     // [n_tiles, rows]ᵀ @ [n_tiles, kPanel] -> [rows, kPanel]
-    product<0>(p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d, p.n_tiles, n_rows,
-               du + point * kRows * kPanel, kPanel);
+    product<Left::kTransposed>({p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d,
+                                p.n_tiles, du + point * kRows * kPanel, kPanel},
+                               n_rows, g.n_out - o);
   }
-  finish_block<F>(du, n_rows, i0, o, taps, columns, whole, first, out);
+  finish_block<F>(du, n_rows, i0, o, g.n_out, taps, columns, whole, first, out);
 }
 
 // out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output stay as they are.
@@ -106,6 +107,7 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   at::parallel_for(0, n_slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice) {
       float* own = partial + slice * size;
+      if (columns != g.n_out) std::memset(own, 0, sizeof(float) * size);
       const int64_t start = n_parts * slice / n_slices;
       for (int64_t part = start; part < n_parts * (slice + 1) / n_slices; ++part) {
         const int64_t first = part * plan.tiles;
