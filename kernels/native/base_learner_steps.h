@@ -47,14 +47,14 @@ struct Task {
 inline void gram_matrix(const TaskSize& size, const float* x, const float* rates, float* kernel) {
   const int64_t n = size.n, D = size.n_features, width = size.width;
   // Each block of rows against itself and the rows after it; the rest is the mirror image.
-  for (int64_t first = 0; first < n; first += detail::kDotRows) {
+  for (int64_t first = 0; first < n; first += kDotRows) {
     const Matrix rows{x + first * D, D};
     const auto store_both = [&](int64_t i, int64_t j, float dot) {
       i += first, j += first;
       const float value = rates[j] > 0 ? rates[i] * (dot + 1) : 0;
       kernel[i * width + j] = kernel[j * width + i] = value;
     };
-    dot_products(rows, rows, std::min<int64_t>(detail::kDotRows, n - first), n - first, D, store_both);
+    dot_products(rows, rows, std::min<int64_t>(kDotRows, n - first), n - first, D, store_both);
   }
   for (int64_t i = 0; i < n; ++i) std::fill(kernel + i * width + n, kernel + (i + 1) * width, 0.0f);
 }

@@ -68,12 +68,10 @@ inline void fit_task_backward(const TaskSize& size, const Task& task, const floa
   sum_of_products({{{lambda, width}, {task.x, D}, n}}, {d_weight, D}, C, D, d_first_weight, D);
   add_row_sums(size, lambda, d_bias, d_first_bias);
   if (d_x == nullptr) return;
-  // H holds x·xᵀ on both sides: d(x·xᵀ) + d(x·xᵀ)ᵀ = r·(dH + dHᵀ) between rows that count.
+  // d(x·xᵀ) plus its transpose, as x stands on both sides in H; columns of masked rows meet an x of 0.
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      const float both = d_kernel[i * width + j] + d_kernel[j * width + i];
-      d_gram[i * width + j] = task.rates[j] > 0 ? task.rates[i] * both : 0;
-    }
+    for (int64_t j = 0; j < n; ++j)
+      d_gram[i * width + j] = task.rates[i] * (d_kernel[i * width + j] + d_kernel[j * width + i]);
   residual_sums(size, task.targets, trajectory, steps);
   scale_lanes(size, task.rates, steps);
   // dx = (d(x·xᵀ) + its transpose)·x + Sᵀ·dW_T + λᵀ·W₀, each [n, depth] @ [depth, D] -> [n, D]

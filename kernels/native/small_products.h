@@ -24,6 +24,9 @@ struct Term {
 
 using Terms = std::initializer_list<Term>;
 
+// Rows of `a` that `dot_products` takes at a time: with four columns their accumulators fit the registers.
+constexpr int kDotRows = kRegisters == 32 ? 4 : 2;
+
 namespace detail {
 
 // Accumulators, the vectors of one row of `right` and a broadcast fit the registers.
@@ -81,7 +84,6 @@ void sum_rows(Terms terms, int64_t row, int64_t columns, const Matrix& start, fl
   if (j < columns) sum_tile<ROWS, 1, false>(terms, row, columns - kLanes, start, out, out_row, kLanes);
 }
 
-constexpr int kDotRows = kRegisters == 32 ? 4 : 2;
 constexpr int kDotColumns = 4;
 
 // Dot products of ROWS rows of a with COLUMNS rows of b, all of `depth` contiguous floats.
@@ -146,8 +148,8 @@ template <typename Finish>
 inline void dot_products(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth,
                          const Finish& finish) {
   int64_t i = 0;
-  for (; i + detail::kDotRows <= rows; i += detail::kDotRows)
-    detail::dot_rows<detail::kDotRows>(a, b, i, columns, depth, finish);
+  for (; i + kDotRows <= rows; i += kDotRows)
+    detail::dot_rows<kDotRows>(a, b, i, columns, depth, finish);
   for (; i < rows; ++i) detail::dot_rows<1>(a, b, i, columns, depth, finish);
 }
 
