@@ -9,10 +9,13 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mtl_fast.kernels.contracts import ConvOperands, Epilogue
 from mtl_fast.kernels.reference.ss_conv import apply_epilogue
@@ -218,3 +221,55 @@ def n_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(former)
+
+
+class Kinks(TorchFunctionMode):
+    """Measures how close a computation comes to the kinks of its activations and pooling.
+
+    `nearest` is the smallest distance from a sign change or from another maximum, relative to the tensor's
+    largest value. Equal values in a window are zeros of a ReLU and count for nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nearest = 1.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.leaky_relu, F.relu, torch.max_pool2d):
+            x = args[0].detach()
+            if func is torch.max_pool2d:
+                best, second = windows(x).topk(2, dim=-1).values.unbind(-1)
+                distances = (best - second)[best > second]
+            else:
+                distances = x.abs()
+            self.nearest = min(self.nearest, float(distances.min() / x.abs().max()))
+        return func(*args, **(kwargs or {}))
+
+
+def assert_near_as_torch(
+    native: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    length: int,
+    names: Sequence[str],
+) -> None:
+    """Errors of several layers, the largest and the RMS: Winograd's amplification times those of direct sums.
+
+    Those are eps·√length, or what PyTorch's own float32 results (`plain`) are off by, where that is more: values
+    that cancel are small against their errors.
+    """
+    factor = max(amplification("images", 3), amplification("taps", 3))
+    for ours, theirs, expected, name in zip(native, plain, exact, names, strict=True):
+        assert ours.isfinite().all(), name
+        for size in (_largest, _rms):
+            error, usual = (size(t.double() - expected) for t in (ours, theirs))
+            direct = max(usual, EPS * length**0.5 * size(expected))
+            assert error <= factor * direct, f"{name}, {size.__name__}: {error / direct:.1f} > {factor:.1f}"
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.detach().abs().max())
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.detach().square().mean().sqrt())
