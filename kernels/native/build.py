@@ -1,8 +1,7 @@
-"""Builds the native kernels: one function for `setup.py` and `mtl-fast build`.
+"""Builds the native kernels: one function for `setup.py` and `mtl-fast build`, which also use this file by itself.
 
-A library is built once a vector width, from all `*.cpp` beside this file, with ninja. Its name holds a hash of
-sources, flags and torch's version, so that a library of other sources or of another torch is never loaded. The
-choice between widths is made when a library is loaded, by what the processor has.
+All `*.cpp` beside this file become one library a vector width, by ninja. A library's name holds a key of sources,
+flags and torch's version, so that a stale one is never found; which width is loaded is decided when it is.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +31,26 @@ FLAGS = (
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
-    # torch's headers are written for a newer standard and warn; ours do not.
     "-Wall",
 )
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+# Undefined behaviour ends the process as a bad address does: a test cannot pass over it.
+SANITIZERS = (
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
+# Of each variant, so that a folder that many checkouts and environments share does not grow for ever.
+LIBRARIES_KEPT = 8
 
 
 class BuildError(RuntimeError):
     """The kernels cannot be built; the message says why and what helps."""
+
+
+class NoCompilerError(BuildError):
+    """This machine has not what it takes to build them; everything still runs on the torch backend."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +68,17 @@ class Variant:
     capabilities: tuple[str, ...]
 
 
-# Widest first: a processor takes the first that it can run and that was built.
-_X86 = (
-    Variant(
-        "avx512",
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
-        ("AVX512",),
-    ),
-    Variant("avx2", ("-mavx2", "-mfma"), ("AVX512", "AVX2")),
-)
+# By machine, widest first: a processor takes the first that it can run and that was built.
 VARIANTS: dict[str, tuple[Variant, ...]] = {
-    "x86_64": _X86,
-    "AMD64": _X86,
+    "x86_64": (
+        Variant(
+            "avx512",
+            ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+            ("AVX512",),
+        ),
+        Variant("avx2", ("-mavx2", "-mfma"), ("AVX512", "AVX2")),
+    ),
     "aarch64": (Variant("neon", (), ("DEFAULT", "SVE256", "SVE128", "NEON")),),
-    "arm64": (Variant("neon", (), ("DEFAULT", "SVE256", "SVE128", "NEON")),),
 }
 
 
@@ -89,111 +97,202 @@ def user_folder() -> Path:
     return Path(caches) / "mtl_fast"
 
 
-def library_name(variant: Variant, *, sanitize: bool = False) -> str:
-    """The file name of a variant built from the present sources for the present torch."""
+def library_prefix(variant: Variant, *, sanitize: bool = False) -> str:
+    """How the name of a variant's library begins when it is of the present sources, flags and torch."""
     digest = hashlib.sha256(repr((torch.__version__, _flags(variant, sanitize))).encode())
     for path in sorted([*SOURCE_FOLDER.glob("*.cpp"), *SOURCE_FOLDER.glob("*.h")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return f"libmtl_fast_{variant.name}{'_sanitized' if sanitize else ''}_{digest.hexdigest()[:16]}.so"
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return f"{_variant_prefix(variant, sanitize)}{digest.hexdigest()[:16]}-"
 
 
-def build(folder: Path, variants: list[Variant], *, sanitize: bool = False, verbose: bool = False) -> list[Path]:
+def find(folder: Path, variant: Variant) -> Path | None:
+    """The variant's library for the present sources, flags and torch; of several compilers' the one built last."""
+    found = list(folder.glob(f"{library_prefix(variant)}*.so"))
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def build(
+    folder: Path,
+    variants: Sequence[Variant],
+    *,
+    objects: Path | None = None,
+    sanitize: bool = False,
+    verbose: bool = False,
+) -> list[Path]:
     """Compiles the variants into `folder`; what is there and up to date is kept.
 
+    Builds of several processes wait for each other, and a killed one leaves no half library: a library is
+    renamed to its name when it is whole.
+
     Args:
-        folder: made if missing; safe for concurrent builds, a killed one leaves no half library.
+        folder: made if missing.
         variants: of `runnable_variants()` or `VARIANTS`.
-        sanitize: with address and undefined-behaviour sanitizers.
+        objects: folder of the compiler's intermediate files, by default `folder`.
+        sanitize: with the address and undefined-behaviour sanitizers.
         verbose: show the compiler's commands.
 
     Returns:
         The libraries' paths, one a variant.
 
     Raises:
-        BuildError: no compiler, no ninja, or an error of the compiler; the message ends with its output.
+        NoCompilerError: another system than Linux, no compiler, no ninja.
+        BuildError: an error of the compiler; the message ends with its output.
     """
-    paths = [folder / library_name(variant, sanitize=sanitize) for variant in variants]
-    if all(path.exists() for path in paths):
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
-        for variant, path in zip(variants, paths, strict=True):
-            if not path.exists():
-                _build_one(folder, variant, path, sanitize, verbose)
-    return paths
+    tools = Tools.found()
+    objects = objects or folder
+    for path in (folder, objects):
+        path.mkdir(parents=True, exist_ok=True)
+    with _locked(objects / ".lock"):
+        return [_build_one(tools, folder, variant, objects, sanitize, verbose) for variant in variants]
 
 
-def compiler() -> str:
-    """The C++ compiler's command: ``CXX``, or the first of c++, g++, clang++ on the path.
+@dataclass(frozen=True)
+class Tools:
+    """What a build runs.
 
-    Raises:
-        BuildError: there is none.
+    Attributes:
+        compiler: a command, perhaps of several words.
+        version: what the compiler calls itself.
+        ninja: a path.
     """
-    named = os.environ.get("CXX")
-    for name in [named] if named else ["c++", "g++", "clang++"]:
-        if shutil.which(shlex.split(name)[0]):
-            return name
-    looked = f"CXX={named!r} is not a program" if named else "none of c++, g++, clang++ is on the path"
-    raise BuildError(f"no C++ compiler: {looked}; install one (Debian: g++) or go on with the torch backend")
+
+    compiler: str
+    version: str
+    ninja: str
+
+    @classmethod
+    def found(cls) -> Tools:
+        """The compiler in ``CXX``, or the first of c++, g++, clang++; ninja beside Python or on the path.
+
+        Raises:
+            NoCompilerError: one of them is missing, or this is not Linux.
+        """
+        if sys.platform != "linux":
+            raise NoCompilerError(
+                f"native kernels are built on Linux only, this is {sys.platform}; go on with the torch backend"
+            )
+        named = os.environ.get("CXX")
+        candidates = [named] if named else ["c++", "g++", "clang++"]
+        compiler = next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
+        if compiler is None:
+            looked = f"CXX={named!r} is no program" if named else "none of c++, g++, clang++ is on the path"
+            raise NoCompilerError(
+                f"no C++ compiler: {looked}; install one (Debian: g++) or go on with the torch backend"
+            )
+        version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
+        folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        ninja = shutil.which("ninja", path=os.pathsep.join(folders))
+        if ninja is None:
+            raise NoCompilerError(
+                "ninja is not installed; `pip install ninja` or go on with the torch backend"
+            )
+        return cls(compiler, version, ninja)
+
+    def key(self) -> str:
+        """Tells compilers apart."""
+        return _short_hash(self.compiler, self.version)
+
+
+def _build_one(
+    tools: Tools, folder: Path, variant: Variant, objects: Path, sanitize: bool, verbose: bool
+) -> Path:
+    """One variant's library, compiled if it is not there."""
+    path = folder / f"{library_prefix(variant, sanitize=sanitize)}{tools.key()}.so"
+    while not path.exists():
+        library = _compile(tools, variant, objects, sanitize, verbose)
+        # Sources that were edited meanwhile have another key, and are compiled once more.
+        before, path = path, folder / f"{library_prefix(variant, sanitize=sanitize)}{tools.key()}.so"
+        if before == path:
+            _install(library, path)
+    path.touch()
+    ours = sorted(
+        folder.glob(f"{_variant_prefix(variant, sanitize)}*.so"), key=lambda p: p.stat().st_mtime_ns
+    )
+    for old in ours[:-LIBRARIES_KEPT]:
+        old.unlink()
+    return path
+
+
+def _compile(tools: Tools, variant: Variant, objects: Path, sanitize: bool, verbose: bool) -> Path:
+    """Runs ninja, which compiles what changed, headers included; the library among the object files."""
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise NoCompilerError(
+            f"torch's build helpers do not import ({error}); `pip install setuptools`"
+        ) from error
+    flags = [*_flags(variant, sanitize), *(f"-isystem {_in_command(path)}" for path in include_paths())]
+    links = [f"-L{_in_command(path)}" for path in library_paths()]
+    sources = sorted(SOURCE_FOLDER.glob("*.cpp"))
+    names = [f"{source.stem}.o" for source in sources]
+    lines = [
+        f"flags = {' '.join(flags)}",
+        "rule compile",
+        f"  command = {tools.compiler} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        # torch's OpenMP runtime is loaded already under the name that -fopenmp asks for: there is only one.
+        f"  command = {tools.compiler} $flags -shared $in -o $out {' '.join(links)} -ltorch_cpu -lc10",
+        *(
+            f"build {name}: compile {_in_ninja(str(source))}"
+            for name, source in zip(names, sources, strict=True)
+        ),
+        f"build library.so: link {' '.join(names)}",
+        "default library.so",
+    ]
+    # Ninja compares commands and times, not what a compiler calls itself or which torch lies at a path.
+    identity = _short_hash(torch.__version__, str(SOURCE_FOLDER), tools.key(), *_flags(variant, sanitize))
+    workplace = objects / f"objects-{variant.name}-{identity}"
+    workplace.mkdir(exist_ok=True)
+    (workplace / "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
+    command = [tools.ninja, "-C", str(workplace), *(["-v"] if verbose else [])]
+    result = subprocess.run(command, capture_output=not verbose, text=True)
+    if result.returncode:
+        output = "" if verbose else f":\n{result.stdout}{result.stderr}"
+        raise BuildError(f"the compiler failed on the native kernels ({variant.name}){output}")
+    return workplace / "library.so"
+
+
+def _install(library: Path, path: Path) -> None:
+    """Copies beside `path`, then renames: whoever looks for it finds all of it or nothing."""
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        os.close(handle)
+        shutil.copyfile(library, part)
+        os.chmod(part, 0o755)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
 def _flags(variant: Variant, sanitize: bool) -> tuple[str, ...]:
     return (*FLAGS, *variant.flags, *(SANITIZERS if sanitize else ()))
 
 
-def _ninja() -> str:
-    found = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if found is None:
-        raise BuildError("ninja is not installed; `pip install ninja`")
-    return found
+def _variant_prefix(variant: Variant, sanitize: bool) -> str:
+    return f"libmtl_fast_{variant.name}{'_sanitized' if sanitize else ''}-"
 
 
-def _build_one(folder: Path, variant: Variant, path: Path, sanitize: bool, verbose: bool) -> None:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    includes = " ".join(f"-isystem {_escaped(p)}" for p in include_paths())
-    libraries = library_paths()
-    links = " ".join(f"-L{_escaped(p)}" for p in libraries)
-    sources = sorted(SOURCE_FOLDER.glob("*.cpp"))
-    # Objects of one build folder are rebuilt as their headers say; another torch or other flags get another folder.
-    key = hashlib.sha256(repr((torch.__version__, _flags(variant, sanitize))).encode()).hexdigest()[:16]
-    workplace = folder / f"objects-{variant.name}-{key}"
-    workplace.mkdir(exist_ok=True)
-    lines = [
-        f"flags = {' '.join(_flags(variant, sanitize))} {includes}",
-        "rule compile",
-        f"  command = {compiler()} $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        # torch's OpenMP runtime is already loaded under the name that -fopenmp asks for: there is only one.
-        f"  command = {compiler()} $flags -shared $in -o $out {links} -ltorch_cpu -lc10",
-        *(f"build {source.stem}.o: compile {_escaped(str(source))}" for source in sources),
-        f"build library.so: link {' '.join(f'{source.stem}.o' for source in sources)}",
-        "default library.so",
-    ]
-    (workplace / "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
-    result = subprocess.run(
-        [_ninja(), "-C", str(workplace), *(["-v"] if verbose else [])], capture_output=not verbose, text=True
-    )
-    if result.returncode:
-        output = "" if verbose else f":\n{result.stdout}{result.stderr}"
-        raise BuildError(f"the compiler failed on the native kernels ({variant.name}){output}")
-    # Written beside it first: whoever looks for the library finds all of it or nothing.
-    handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
-    os.close(handle)
-    shutil.copyfile(workplace / "library.so", part)
-    os.chmod(part, 0o755)
-    os.replace(part, path)
+def _short_hash(*parts: str) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _escaped(path: str) -> str:
+def _in_ninja(path: str) -> str:
+    """A path as one input of a rule; ninja quotes it for the shell."""
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _in_command(path: str) -> str:
+    """A path in the text of a command, for ninja and the shell behind it."""
+    return shlex.quote(path).replace("$", "$$")
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One build at a time in a folder, among processes; the lock goes with the process."""
+    """One process at a time; the lock goes with the process."""
     import fcntl
 
     with open(path, "w") as file:
