@@ -13,13 +13,15 @@ RESULTS_FLAGS ?=
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo test results lint types bench clean
+.PHONY: help env native demo test sanitize results lint types bench clean
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
 	@echo "make test      all tests"
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
-	@echo "make lint | types | bench | env | clean"
+	@echo "make bench     every operation, a meta-training and a pre-training step beside plain PyTorch"
+	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
+	@echo "make lint | types | native | env | clean"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS= TEST_FLAGS=$(TEST_FLAGS) DEMO_FLAGS="
 
 env: $(STAMP)
@@ -32,13 +34,25 @@ $(STAMP): requirements/test.txt pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-demo: env
+# Compiles what changed since the last time, for this processor; without a compiler it says so and all goes on.
+native: env
+	$(BIN)/mtl-fast build --optional
+
+demo: native
 	$(BIN)/mtl-fast demo --output runs/demo --resume $(DEMO_FLAGS)
 
-test: env
+test: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
 
-results: env
+# The sanitizer's runtime has to come first in the process, and finds the C++ runtime's symbols only if that is there
+# too. Leaks are not looked for: the interpreter and torch keep memory to the end of the process.
+sanitize: env
+	library=$$(CXX="$(CXX)" $(BIN)/mtl-fast build --sanitize --quiet) && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 MTL_FAST_LIBRARY=$$library \
+	$(BIN)/python -m pytest -p no:benchmark -p no:cacheprovider $(SANITIZE_FLAGS) tests/ops/test_*native*.py
+
+results: native
 	$(BIN)/mtl-fast results $(RESULTS_FLAGS)
 	$(BIN)/python tools/update_readme.py
 
@@ -49,7 +63,7 @@ lint: env
 types: env
 	$(BIN)/mypy
 
-bench: env
+bench: native
 	$(BIN)/python -m pytest bench/ops --benchmark-columns=min,median,rounds
 
 clean:

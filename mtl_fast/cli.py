@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,41 @@ class Results:
         from .training.results import results
 
         results(self.output, self.publish, seeds=self.seeds, workers=self.workers, device=self.device)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Compile the native CPU kernels for this processor, into the user's cache folder; seconds when up to date."""
+
+    sanitize: bool = False
+    """With address and undefined-behaviour sanitizers, beside the usual library; `make sanitize` uses it."""
+    optional: bool = False
+    """Where there is no compiler, say so and succeed: everything runs without these kernels, more slowly."""
+    verbose: bool = False
+    """Show the compiler's commands and output."""
+    quiet: bool = False
+    """Print the library's path only."""
+
+    def run(self) -> None:
+        from .kernels.native import build
+
+        start = time.perf_counter()
+        try:
+            path = build.build_for_this_processor(sanitize=self.sanitize, verbose=self.verbose)
+        except build.BuildError as error:
+            if not (self.optional and isinstance(error, build.NoCompilerError)):
+                raise InputError(str(error)) from error
+            print(f"native kernels are not built: {error}")
+            return
+        if self.quiet:
+            print(path)
+            return
+        print(f"native kernels: {path} ({time.perf_counter() - start:.1f} s)")
+        # A process that did not start with the sanitizers' runtime cannot load a library that needs it.
+        if not self.sanitize:
+            from .ops import why
+
+            print(f"ss_conv runs on {why('ss_conv')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +204,7 @@ def commands(config: Config) -> dict[str, Any]:
         "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
         "evaluate": Evaluate(tyro.MISSING),
         "results": Results(),
+        "build": Build(),
     }
 
 

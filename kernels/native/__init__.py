@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import struct
 from pathlib import Path
 
@@ -30,12 +29,11 @@ load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _load_once() -> tuple[bool, str]:
-    from .build import SOURCE_FOLDER, find, library_prefix, runnable_variants, user_folder
+    from .build import SOURCE_FOLDER, find, library_prefix, processor, runnable_variants, user_folder
 
     variants = runnable_variants()
     if not variants:
-        capability = torch.backends.cpu.get_cpu_capability()
-        return False, f"no native kernels for this processor ({platform.machine()}, {capability})"
+        return False, f"there are no native kernels for this processor ({processor()})"
     named = os.environ.get("MTL_FAST_LIBRARY")
     if named:
         prefixes = tuple(library_prefix(v, sanitize=s) for v in variants for s in (False, True))

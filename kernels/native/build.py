@@ -88,6 +88,11 @@ def runnable_variants() -> list[Variant]:
     return [v for v in VARIANTS.get(platform.machine(), ()) if capability in v.capabilities]
 
 
+def processor() -> str:
+    """The machine and what torch says of its vectors, for messages."""
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def user_folder() -> Path:
     """Where `mtl-fast build` puts libraries: ``MTL_FAST_BUILD_DIR``, or `mtl_fast` in the user's cache folder."""
     chosen = os.environ.get("MTL_FAST_BUILD_DIR")
@@ -145,6 +150,26 @@ def build(
         path.mkdir(parents=True, exist_ok=True)
     with _locked(objects / ".lock"):
         return [_build_one(tools, folder, variant, objects, sanitize, verbose) for variant in variants]
+
+
+def build_for_this_processor(*, sanitize: bool = False, verbose: bool = False) -> Path:
+    """Compiles the widest variant that this processor runs into the user's folder, as `build` does.
+
+    Raises:
+        NoCompilerError: also where there are no kernels for the processor.
+        BuildError: an error of the compiler, or a folder that cannot be written.
+    """
+    variants = runnable_variants()
+    if not variants:
+        raise NoCompilerError(f"there are no native kernels for this processor ({processor()})")
+    folder = user_folder()
+    try:
+        (path,) = build(folder, variants[:1], sanitize=sanitize, verbose=verbose)
+    except OSError as error:
+        raise BuildError(
+            f"cannot build in {folder}: {error}; MTL_FAST_BUILD_DIR names another folder"
+        ) from error
+    return path
 
 
 @dataclass(frozen=True)
