@@ -141,6 +141,10 @@ class ScaleShiftConv2d(nn.Module):
         """[N, I, H, W] → [N, O, H', W'], normalised by the stored statistics if there is a norm."""
         return ss_conv(x, self.operands())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files start afresh: what was derived belongs to this weight and this process.
+        return {**self.__dict__, "_filters": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> ScaleShiftConv2d:
         self._filters = None
         return super()._apply(fn, recurse)

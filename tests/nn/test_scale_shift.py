@@ -134,12 +134,19 @@ WAYS = [by_load, by_assigning_load, by_assignment, by_copy, by_saving, by_moving
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_filters_are_those_of_the_present_weight(
-    way: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+    way: Any, frozen: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if frozen and way is by_swapping_data:
+        pytest.skip(
+            "a frozen weight's data are nobody's to swap: nothing says so to what was derived from them"
+        )
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
     conv = make()
+    if frozen:
+        conv.freeze()
     before = conv(images())
     first = conv.filters
     assert conv.filters is first
