@@ -85,7 +85,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     for (int64_t o = 0; o < g.n_out; ++o) to[o] /= factors.data()[o];
   } else if (wanted != Wanted::kNone) {
     const bool whole = wanted == Wanted::kWeight;
-    const bool all_written = columns == g.n_out && g.n > 0;
+    const bool all_written = columns == g.n_out && inner.numel() > 0;
     const auto allocate = [&](at::IntArrayRef shape) {
       return all_written ? at::empty(shape, options) : at::zeros(shape, options);
     };

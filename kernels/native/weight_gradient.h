@@ -69,11 +69,13 @@ void gradient_block(const Geometry& g, const GradientPoints& p, int64_t block, i
   finish_block<F>(du, n_rows, i0, o, g.n_out, taps, columns, whole, first, out);
 }
 
-// out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output stay as they are.
+// out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output
+// stay as they are, and so does everything where there are no pixels.
 template <class F>
 void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const float* dz, const float* taps,
                      int64_t columns, bool whole, float* out) {
   const TileGrid grid(g, F::kTile);
+  if (grid.count == 0) return;
   const int64_t row_v = points_row(g.n_in), row_d = points_row(ceil_div(g.n_out, kPanel) * kPanel);
   const int64_t stride_v = plan.tiles * row_v, stride_d = plan.tiles * row_d;
   const int64_t n_panels = ceil_div(g.n_out, kPanel), n_blocks = ceil_div(g.n_in, kRows);
