@@ -18,7 +18,7 @@ from ..random_streams import RandomStreams
 from . import checkpoint
 from .logging import RunLog
 from .models import device_of, load_weights, preprocess_of, save_model, square_size, weights_of
-from .run import RunFolder, prefixed, stop_on_ctrl_c
+from .run import RunFolder, prefixed, stop_on_ctrl_c, tell_of_missing_kernels
 
 
 class Phase(ABC):
@@ -66,6 +66,8 @@ class Phase(ABC):
         """
         if self.update >= self.total and self.folder.model.exists():
             return self.folder.model
+        if self.device.type == "cpu":
+            tell_of_missing_kernels()
         folder = self.folder.path
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
         log = RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)

@@ -25,7 +25,8 @@ from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
 from .evaluate import save_score
 from .experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment, Row
-from .run import Interrupted, write_text
+from .models import device_of
+from .run import Interrupted, tell_of_missing_kernels, write_text
 from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
 
 SHOTS = (1, 5)
@@ -109,6 +110,8 @@ def results(
     """
     output, publish = Path(output), Path(publish)
     config = replace(preset("glyphs-full"), device=device)
+    if device_of(config).type == "cpu":
+        tell_of_missing_kernels()  # here, for the workers are silent
     with _pool(workers or os.cpu_count() or 1) as pool:
 
         def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:

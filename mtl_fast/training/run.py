@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import InputError
+from ..kernels import native
+from ..kernels.native.build import runnable_variants
+from ..ops.backend import ENVIRONMENT_VARIABLE
 from . import checkpoint
 
 
@@ -48,6 +53,19 @@ def stop_on_ctrl_c() -> Iterator[Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@functools.cache
+def tell_of_missing_kernels() -> None:
+    """Says on the error stream, once a process, why training on this CPU goes without its native kernels.
+
+    Silent where the choice is the user's, and where no build would help.
+    """
+    if os.environ.get(ENVIRONMENT_VARIABLE, "auto") not in ("", "auto") or not runnable_variants():
+        return
+    can, reason = native.load()
+    if not can:
+        print(f"running on the torch backend: {reason}", file=sys.stderr)
 
 
 class RunFolder:

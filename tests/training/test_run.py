@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from mtl_fast.errors import InputError
-from mtl_fast.training import checkpoint
+from mtl_fast.kernels import native
+from mtl_fast.ops.backend import ENVIRONMENT_VARIABLE
+from mtl_fast.training import checkpoint, run
 from mtl_fast.training.run import (
     Interrupted,
     RunFolder,
@@ -23,6 +25,7 @@ from mtl_fast.training.run import (
     prefixed,
     read_settings,
     stop_on_ctrl_c,
+    tell_of_missing_kernels,
     write_text,
 )
 from tests.training import tiny
@@ -239,3 +242,25 @@ def test_settings_on_disk_are_compared(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match=r"config\.json: cannot be read as settings"):
             read_settings(path)
+
+
+def test_missing_kernels_are_told_once_and_only_where_a_build_would_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told() -> list[str]:
+        return capsys.readouterr().err.splitlines()
+
+    def tell(backend: str, can: bool, n_variants: int) -> list[str]:
+        tell_of_missing_kernels.cache_clear()
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
+        monkeypatch.setattr(native, "load", lambda: (can, "not built; run `mtl-fast build`"))
+        monkeypatch.setattr(run, "runnable_variants", lambda: [None] * n_variants)
+        tell_of_missing_kernels()
+        return told()
+
+    line = ["running on the torch backend: not built; run `mtl-fast build`"]
+    assert tell("auto", False, 1) == tell("", False, 1) == line
+    tell_of_missing_kernels()
+    assert told() == []
+    assert tell("torch", False, 1) == tell("auto", True, 1) == tell("auto", False, 0) == []
+    tell_of_missing_kernels.cache_clear()
