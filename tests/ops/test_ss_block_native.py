@@ -155,6 +155,8 @@ def test_threads_do_not_change_a_bit(form: str, n_groups: int) -> None:
 @by_form
 @pytest.mark.parametrize("n_groups", [0, 2], ids=["stored", "batch"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+# Inductor itself still scripts.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_compiled_block_is_the_eager_one(form: str, n_groups: int, compiler: str) -> None:
     torch.compiler.reset()
     x, (shortcut, *convs) = make(form, "kernel", 5)

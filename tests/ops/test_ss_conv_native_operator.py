@@ -96,6 +96,8 @@ def test_opcheck_of_the_gradient(wanted: int, needs_x: bool) -> None:
 @by_granularity
 @pytest.mark.parametrize("trained", [FROZEN, ALL], ids=["frozen", "trained"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+# Inductor itself still scripts.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_compiled_call_is_the_eager_one(
     granularity: str | None, trained: tuple[str, ...], compiler: str
 ) -> None:
