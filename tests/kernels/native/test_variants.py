@@ -62,12 +62,14 @@ def test_kernels_are_right_on_avx2() -> None:
 
 
 def test_a_killed_build_leaves_no_library_and_no_lock(tmp_path: Path) -> None:
-    started, built = tmp_path / "started", tmp_path / "built"
+    started, stays, built = tmp_path / "started", tmp_path / "stays", tmp_path / "built"
+    stays.touch()
     slow = tmp_path / "slow++"
-    slow.write_text(f'#!/bin/sh\ncase "$*" in --version) ;; *) touch {started}; exec sleep 100 ;; esac\n')
+    waits = f"touch {started}; while [ -e {stays} ]; do sleep 0.1; done"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in --version) ;; *) {waits} ;; esac\n')
     slow.chmod(0o755)
     command = [sys.executable, "-c", KILLED_BUILD, str(built)]
-    # A group of processes of its own, so that the compiler goes too.
+    # A group of processes of its own: ninja dies with it, and its compilers are left behind, writing.
     builder = subprocess.Popen(command, cwd=ROOT, env=environment(CXX=str(slow)), start_new_session=True)
     while not started.exists():
         assert builder.poll() is None
@@ -76,4 +78,4 @@ def test_a_killed_build_leaves_no_library_and_no_lock(tmp_path: Path) -> None:
     assert builder.wait(timeout=60) == -signal.SIGKILL
     assert not list(built.glob("*.so"))
     with build._locked(built / ".lock"):  # would wait for ever
-        pass
+        stays.unlink()
