@@ -42,9 +42,9 @@ def measure(side: str, n_tasks: int, *, quick: bool) -> int:
     before = _resident("VmRSS")
     if side == OURS:
         per_task = problem.episodes.support.shape[1] + problem.episodes.query.shape[1]
-        step = problem.ours(images_per_chunk=2 * per_task)
+        step = problem.ours(problem.network(), images_per_chunk=2 * per_task)
     else:
-        step = problem.peer(side)
+        step = problem.peer(side, problem.network())
     step()
     (PROC / "clear_refs").write_text("5", "utf-8")
     for _ in range(2):

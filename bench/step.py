@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtl_fast.engine import EpisodicEngine
 from mtl_fast.episodes import Episodes, EpisodeSampler
-from mtl_fast.nn import LinearHead
+from mtl_fast.nn import LinearHead, ResNet12
 
 from .accuracy import Expected, behind_kinks, convolution_bound
 from .harness import Against, Case, Contender, Measurable, Row, Target
@@ -29,7 +29,7 @@ from .networks import (
     random_store,
     trained_resnet12,
 )
-from .peers.meta_step import BatchedStep, Data, InnerLoop, PlainStep, Tasks
+from .peers.meta_step import BatchedStep, Data, FoldedLayer, InnerLoop, MetaStep, PlainStep, Tasks
 
 INNER = InnerLoop(lr=0.05, n_steps=20)
 N_WAY, N_SHOT, N_QUERY, PIXELS = 5, 5, 15, 32
@@ -39,7 +39,7 @@ Step = Callable[[], Mapping[str, Tensor]]
 
 
 class Problem:
-    """The network, the head and the tasks of a step, and every way of taking it, each from the same start."""
+    """The tasks of a step, and every way of taking it from the same start, given the network."""
 
     def __init__(self, *, n_tasks: int, quick: bool) -> None:
         self.widths = SLIM if quick else FULL
@@ -48,9 +48,12 @@ class Problem:
         sampler = EpisodeSampler(self.store, N_WAY, N_SHOT, 2 if quick else N_QUERY, generator)
         self.episodes = sampler.sample(n_tasks)
 
-    def ours(self, *, images_per_chunk: int | None = None, backend: str = "auto") -> Step:
-        encoder, head = trained_resnet12(self.widths, PIXELS), self._head()
-        encoder.backend = backend
+    def network(self) -> ResNet12:
+        return trained_resnet12(self.widths, PIXELS)
+
+    def ours(self, encoder: ResNet12, *, images_per_chunk: int | None = None) -> Step:
+        """A step that trains Φ of `encoder` itself."""
+        head = self._head()
         engine = EpisodicEngine(
             encoder,
             head,
@@ -75,15 +78,17 @@ class Problem:
 
         return step
 
-    def peer(self, name: str, dtype: torch.dtype = torch.float32) -> Step:
-        layers, head = layers_of(trained_resnet12(self.widths, PIXELS), dtype), self._head().to(dtype)
+    def peer(self, name: str, encoder: ResNet12, dtype: torch.dtype = torch.float32) -> Step:
+        """A step of the peer `name` on copies of all that `encoder` holds."""
+        layers, head = layers_of(encoder, dtype), self._head().to(dtype)
         data = Data(self.store.images, PREPROCESS.mean, PREPROCESS.std)
-        arguments = (layers, head.weight, head.bias, data, INNER)
+        take: MetaStep
         if name == PLAIN:
-            take = PlainStep(*arguments)
+            take = PlainStep(layers, head.weight, head.bias, data, INNER)
         else:
             memory_format = torch.contiguous_format if "NCHW" in name else torch.channels_last
-            take = BatchedStep(*arguments, memory_format=memory_format, compiled="compiled" in name)
+            folded = [FoldedLayer.of(layer, memory_format) for layer in layers]
+            take = BatchedStep(folded, head.weight, head.bias, data, INNER, compiled="compiled" in name)
         tasks = tasks_of(self.episodes)
         return lambda: take(tasks)
 
@@ -98,20 +103,22 @@ def tasks_of(episodes: Episodes) -> Tasks:
 def rows(quick: bool) -> Sequence[Measurable]:
     return [
         Row(f"meta-training step, ResNet-12 @ {PIXELS}, 2 tasks, first order", lambda: _case(quick)),
-        MemoryRow("peak memory of a meta-training step, 2 tasks", (PLAIN, *BATCHED)),
+        MemoryRow("peak memory of a meta-training step, 2 tasks", (PLAIN,) if quick else (PLAIN, *BATCHED)),
         MemoryGrowthRow("peak memory of a meta-training step, 64 tasks", Target(0.05, 0.01, at_most=True)),
     ]
 
 
 def _case(quick: bool) -> Case:
     problem = Problem(n_tasks=2, quick=quick)
-    exact = problem.peer(PLAIN, torch.float64)()
+    encoder = problem.network()
+    exact = problem.peer(PLAIN, encoder, torch.float64)()
+    peers = tuple(Contender(name, problem.peer(name, encoder)) for name in (PLAIN, *BATCHED))
     bound = convolution_bound(9 * problem.widths[-1], N_CONVS_DEEP)
     expected = {name: behind_kinks(value, bound, N_KINKS_DEEP) for name, value in exact.items()}
     n_support, n_query = problem.episodes.support.numel(), problem.episodes.query.numel()
     return Case(
-        ours=Contender("ours", problem.ours()),
-        peers=tuple(Contender(name, problem.peer(name)) for name in (PLAIN, *BATCHED)),
+        ours=Contender("ours", problem.ours(encoder)),
+        peers=peers,
         against=(Against((PLAIN,), Target(4, 6)), Against(BATCHED, Target(2, 3))),
         expected=expected | {"loss": Expected(exact["loss"], bound)},
         # Backward of the queries: the images' gradients and the weights', as much again each.

@@ -7,13 +7,14 @@ Every row is checked against the first peer in float64 before it is timed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
 
+from bench.peers.base_learner import batched_primal, one_task_at_a_time
 from mtl_fast.ops import base_learner, why
 
 N_TASKS, N_WAY, N_QUERY, N_FEATURES, INNER_LR = 16, 5, 15, 640, 0.05
@@ -37,39 +38,6 @@ def problem(n_shot: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
     }
 
 
-def one_task_at_a_time(
-    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, *, n_steps: int, order: str
-) -> Tensor:
-    logits = []
-    for x, y, q in zip(support, labels, query, strict=True):
-        w, b = (t if t.requires_grad else t.detach().requires_grad_() for t in (weight, bias))
-        x = x.detach() if order == "first" else x
-        for _ in range(n_steps):
-            gw, gb = torch.autograd.grad(
-                cross_entropy(x @ w.T + b, y), (w, b), create_graph=order == "second"
-            )
-            w, b = w - INNER_LR * gw, b - INNER_LR * gb
-        logits.append(q @ w.T + b)
-    return torch.stack(logits)
-
-
-def batched_primal(
-    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, *, n_steps: int, order: str
-) -> Tensor:
-    x = support.detach() if order == "first" else support
-    w, b = weight.expand(N_TASKS, -1, -1), bias.expand(N_TASKS, 1, -1)
-    if order == "first":
-        w, b = w.detach(), b.detach()
-        w0, b0 = weight - weight.detach(), bias - bias.detach()  # zeros that carry the gradient
-    else:
-        w0, b0 = torch.zeros_like(weight), torch.zeros_like(bias)
-    targets = one_hot(labels, N_WAY).to(x.dtype)
-    for _ in range(n_steps):
-        residual = (torch.baddbmm(b, x, w.mT).softmax(2) - targets) * (INNER_LR / x.shape[1])
-        w, b = w - residual.mT @ x, b - residual.sum(1, keepdim=True)
-    return torch.baddbmm(b + b0, query, (w + w0).mT)
-
-
 def ours(form: str, backend: str) -> Fit:
     def run(
         support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, **options: Any
@@ -81,8 +49,8 @@ def ours(form: str, backend: str) -> Fit:
 
 
 FITS: dict[str, Fit] = {
-    "peer_one_task_at_a_time": one_task_at_a_time,
-    "peer_batched_primal": batched_primal,
+    "peer_one_task_at_a_time": partial(one_task_at_a_time, inner_lr=INNER_LR),
+    "peer_batched_primal": partial(batched_primal, inner_lr=INNER_LR),
     "torch_primal": ours("primal", "torch"),
     "torch_dual": ours("dual", "torch"),
     "native": ours("dual", "native"),
@@ -117,7 +85,7 @@ def test_fit_and_predict(benchmark: Any, name: str, n_shot: int) -> None:
     benchmark.group = f"fit and predict, 100 steps, {n_shot}-shot, float32, {torch.get_num_threads()} threads"
     options: dict[str, Any] = {"n_steps": 100, "order": "first"}
     p = problem(n_shot)
-    exact = one_task_at_a_time(
+    exact = FITS["peer_one_task_at_a_time"](
         **{k: t.double() if t.is_floating_point() else t for k, t in p.items()}, **options
     )
     check([FITS[name](**p, **options)], [exact.detach()], 100)
@@ -131,7 +99,9 @@ def test_second_order_with_gradients(benchmark: Any, name: str, n_shot: int) -> 
     options: dict[str, Any] = {"n_steps": 20, "order": "second"}
     p = problem(n_shot)
     wide = {k: t.double() if t.is_floating_point() else t for k, t in p.items()}
-    check(gradients(FITS[name], p, **options), gradients(one_task_at_a_time, wide, **options), 20)
+    check(
+        gradients(FITS[name], p, **options), gradients(FITS["peer_one_task_at_a_time"], wide, **options), 20
+    )
     benchmark.pedantic(gradients, args=(FITS[name], p), kwargs=options, rounds=rounds(name), warmup_rounds=1)
 
 

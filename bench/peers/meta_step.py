@@ -7,9 +7,10 @@ batched and, if asked for, all of the encoder compiled. Neither builds a graph f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ class FrozenLayer:
         return F.batch_norm(z, self.mean, self.var, self.gamma, self.beta, eps=self.eps)
 
 
-class FoldedLayer(NamedTuple):
+@dataclass(frozen=True)
+class FoldedLayer:
     """The same with the norm multiplied in, once for all: (γ/σ)·W, (b − mean)·γ/σ + β, and γ/σ for the shift."""
 
     weight: Tensor
@@ -60,9 +62,10 @@ class FoldedLayer(NamedTuple):
 def effective(layers: Sequence[FoldedLayer]) -> list[Folded]:
     """What each layer convolves with."""
     pairs = []
-    for weight, bias, ratio, scale, shift in layers:
-        if scale is not None and shift is not None:
-            weight, bias = weight * scale, torch.addcmul(bias, shift, ratio)
+    for layer in layers:
+        weight, bias = layer.weight, layer.bias
+        if layer.scale is not None and layer.shift is not None:
+            weight, bias = weight * layer.scale, torch.addcmul(bias, layer.shift, layer.ratio)
         pairs.append((weight, bias))
     return pairs
 
@@ -85,21 +88,26 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def load(self, rows: Tensor, like: Tensor, memory_format: torch.memory_format) -> Tensor:
-        """Rows [B] → normalised [B, 3, H, W] of the dtype of `like`."""
-        mean, std = (torch.tensor(values).to(like) for values in (self.mean, self.std))
-        x = (self.images[rows].to(like) - mean) / std
+    def load(self, rows: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        """Rows [B] → normalised [B, 3, H, W]."""
+        mean, std = (torch.tensor(values, dtype=dtype) for values in (self.mean, self.std))
+        x = (self.images[rows].to(dtype) - mean) / std
         return x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 @dataclass(frozen=True)
 class InnerLoop:
+    """Step size and number of steps of the base-learner."""
+
     lr: float
     n_steps: int
 
 
-class PlainStep:
-    """See the module. The gradients stay in the parameters until the next step.
+AnyLayer = TypeVar("AnyLayer", FrozenLayer, FoldedLayer)
+
+
+class MetaStep(ABC, Generic[AnyLayer]):
+    """Forward, backward and Adam; the gradients stay in the parameters until the next step.
 
     Args:
         layers: of the encoder; their Φ are copied and trained.
@@ -108,8 +116,10 @@ class PlainStep:
         inner: of the base-learner.
     """
 
+    memory_format = torch.contiguous_format
+
     def __init__(
-        self, layers: Sequence[FrozenLayer], weight: Tensor, bias: Tensor, data: Data, inner: InnerLoop
+        self, layers: Sequence[AnyLayer], weight: Tensor, bias: Tensor, data: Data, inner: InnerLoop
     ) -> None:
         self.layers = [
             replace(layer, scale=_trained(layer.scale), shift=_trained(layer.shift)) for layer in layers
@@ -124,87 +134,85 @@ class PlainStep:
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=1e-3)
 
     def __call__(self, tasks: Tasks) -> dict[str, Tensor]:
-        """The mean query loss, whose gradients are then in the parameters, moved by one step of Adam."""
+        """The mean query loss, and its gradients, along which the parameters are then moved."""
         self.optimizer.zero_grad()
-        loss = self._backward(tasks)
+        loss = self.backward(tasks)
         self.optimizer.step()
         return {"loss": loss} | {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
-    def _backward(self, tasks: Tasks) -> Tensor:
+    @abstractmethod
+    def backward(self, tasks: Tasks) -> Tensor:
+        """The mean query loss; adds its gradients to the parameters'."""
+
+    def load(self, rows: Tensor) -> Tensor:
+        return self.data.load(rows, self.weight.dtype, self.memory_format)
+
+
+class PlainStep(MetaStep[FrozenLayer]):
+    """See the module."""
+
+    def backward(self, tasks: Tasks) -> Tensor:
         losses = []
         for t in range(len(tasks.support)):
             with torch.no_grad():
-                support = resnet12(self._load(tasks.support[t]), self.layers)
-            query = resnet12(self._load(tasks.query[t]), self.layers)
+                support = resnet12(self.load(tasks.support[t]), self.layers)
+            query = resnet12(self.load(tasks.query[t]), self.layers)
             logits = one_task_at_a_time(
                 support[None],
                 tasks.support_labels[t : t + 1],
                 query[None],
                 self.weight,
                 self.bias,
-                **self._options,
+                inner_lr=self.inner.lr,
+                n_steps=self.inner.n_steps,
+                order="first",
             )
             loss = F.cross_entropy(logits[0], tasks.query_labels[t]) / len(tasks.support)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def _load(self, rows: Tensor) -> Tensor:
-        return self.data.load(rows, self.weight, torch.contiguous_format)
 
-    @property
-    def _options(self) -> dict[str, object]:
-        return {"inner_lr": self.inner.lr, "n_steps": self.inner.n_steps, "order": "first"}
-
-
-class BatchedStep(PlainStep):
-    """See the module; arguments as `PlainStep`, and
-
-    Args:
-        memory_format: of images and weights.
-        compiled: whether the weights' products and the encoder go through `torch.compile`.
-    """
+class BatchedStep(MetaStep[FoldedLayer]):
+    """See the module; `compiled` sends the weights' products and the encoder through `torch.compile`."""
 
     def __init__(
         self,
-        layers: Sequence[FrozenLayer],
+        layers: Sequence[FoldedLayer],
         weight: Tensor,
         bias: Tensor,
         data: Data,
         inner: InnerLoop,
         *,
-        memory_format: torch.memory_format,
         compiled: bool = False,
     ) -> None:
         super().__init__(layers, weight, bias, data, inner)
-        self.folded = [FoldedLayer.of(layer, memory_format) for layer in self.layers]
-        self.memory_format = memory_format
+        if not layers[-1].weight.is_contiguous():
+            self.memory_format = torch.channels_last
         self.effective, self.embed = effective, folded_resnet12
         if compiled:
             self.effective = torch.compile(effective, dynamic=False)
             self.embed = torch.compile(folded_resnet12, dynamic=False)
 
-    def _backward(self, tasks: Tasks) -> Tensor:
-        operands = self.effective(self.folded)
-        query = self.embed(self._load(tasks.query.flatten()), operands)
+    def backward(self, tasks: Tasks) -> Tensor:
+        operands = self.effective(self.layers)
+        query = self.embed(self.load(tasks.query.flatten()), operands)
         with torch.no_grad():
-            support = self.embed(
-                self._load(tasks.support.flatten()), [(w.detach(), b.detach()) for w, b in operands]
-            )
+            frozen = [(weight.detach(), bias.detach()) for weight, bias in operands]
+            support = self.embed(self.load(tasks.support.flatten()), frozen)
         logits = batched_primal(
             support.unflatten(0, tasks.support.shape),
             tasks.support_labels,
             query.unflatten(0, tasks.query.shape),
             self.weight,
             self.bias,
-            **self._options,
+            inner_lr=self.inner.lr,
+            n_steps=self.inner.n_steps,
+            order="first",
         )
         loss = F.cross_entropy(logits.flatten(0, 1), tasks.query_labels.flatten())
         loss.backward()
         return loss.detach()
-
-    def _load(self, rows: Tensor) -> Tensor:
-        return self.data.load(rows, self.weight, self.memory_format)
 
 
 def _trained(tensor: Tensor | None) -> Tensor | None:
