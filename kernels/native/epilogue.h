@@ -4,6 +4,10 @@
 // bit 2 whether the activation's input was positive there.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "tiles.h"
 
 namespace mtl {
@@ -22,8 +26,37 @@ struct Epilogue {
 
 typedef uint8_t Codes __attribute__((vector_size(kLanes)));
 
+#if defined(__AVX512F__)
+// The forms without a mask make GCC 12 warn of a value that is never used.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
+// Between one byte and one lane a code. GCC converts vectors of so unlike widths element by element.
+inline VecInt widen(Codes bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecInt>(_mm512_maskz_cvtepu8_epi32(kAllLanes, reinterpret_cast<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  const __m128i whole = _mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes));
+  return reinterpret_cast<VecInt>(_mm256_cvtepu8_epi32(whole));
+#else
+  return __builtin_convertvector(bytes, VecInt);
+#endif
+}
+
+inline Codes narrow(VecInt codes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Codes>(_mm512_maskz_cvtepi32_epi8(kAllLanes, reinterpret_cast<__m512i>(codes)));
+#elif defined(__AVX2__)
+  const __m256i lanes = reinterpret_cast<__m256i>(codes);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  return reinterpret_cast<Codes>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(codes, Codes);
+#endif
+}
+
 inline void store_codes(uint8_t* p, VecInt codes, int n) {
-  const Codes bytes = __builtin_convertvector(codes, Codes);
+  const Codes bytes = narrow(codes);
   if (n == kLanes) {
     __builtin_memcpy(p, &bytes, kLanes);
   } else {
@@ -38,7 +71,7 @@ inline VecInt load_codes(const uint8_t* p, int n) {
   } else {
     __builtin_memcpy(&bytes, p, n);
   }
-  return __builtin_convertvector(bytes, VecInt);
+  return widen(bytes);
 }
 
 // Leaky ReLU; slope 0 is exact also for −∞, and NaN stays NaN.

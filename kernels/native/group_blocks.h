@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "scratch.h"
 #include "tiles.h"
@@ -59,29 +60,29 @@ class Blocks {
   int64_t h_, values_, rows_, per_image_, count_;
 };
 
-// Mean and Σ(z − mean)² of K vectors of channels over n pixels, `stride` apart. Everything is measured from the
-// first pixel, so that a large mean costs no digits and a constant channel has no variance.
+// Of K vectors of channels over n pixels, `stride` apart: the first pixel, the mean's distance from it, Σ(z − mean)².
+// Everything is measured from the first pixel: a large mean costs no digits, a constant channel has no variance.
 template <int K>
-void pixel_statistics(const float* z, int64_t n, int64_t stride, int lanes, float* mean, float* squares) {
+void pixel_statistics(const float* z, int64_t n, int64_t stride, int lanes, float* first, float* apart, float* squares) {
   const auto vector = [&](int64_t pixel, int k) {
     const float* from = z + pixel * stride + k * kLanes;
     return K > 1 ? load(from) : load_part(from, lanes);
   };
-  Vec first[K], sums[K]{}, center[K];
-  MTL_UNROLL for (int k = 0; k < K; ++k) first[k] = vector(0, k);
-  for (int64_t i = 1; i < n; ++i) MTL_UNROLL for (int k = 0; k < K; ++k) sums[k] = sums[k] + (vector(i, k) - first[k]);
-  MTL_UNROLL for (int k = 0; k < K; ++k) {
-    center[k] = first[k] + sums[k] / static_cast<float>(n);
-    sums[k] = Vec{};
+  Vec origin[K], offset[K]{}, sums[K]{};
+  MTL_UNROLL for (int k = 0; k < K; ++k) origin[k] = vector(0, k);
+  for (int64_t i = 1; i < n; ++i) {
+    MTL_UNROLL for (int k = 0; k < K; ++k) offset[k] = offset[k] + (vector(i, k) - origin[k]);
   }
+  MTL_UNROLL for (int k = 0; k < K; ++k) offset[k] = offset[k] / static_cast<float>(n);
   for (int64_t i = 0; i < n; ++i) {
     MTL_UNROLL for (int k = 0; k < K; ++k) {
-      const Vec deviation = vector(i, k) - center[k];
+      const Vec deviation = (vector(i, k) - origin[k]) - offset[k];
       sums[k] = sums[k] + deviation * deviation;
     }
   }
   MTL_UNROLL for (int k = 0; k < K; ++k) {
-    store(mean + k * kLanes, center[k]);
+    store(first + k * kLanes, origin[k]);
+    store(apart + k * kLanes, offset[k]);
     store(squares + k * kLanes, sums[k]);
   }
 }
@@ -94,23 +95,26 @@ struct BlockSumsTag {};
 inline void group_statistics(const Groups& g, const float* z, float* mean, float* var, float* n_values) {
   const Blocks blocks(g);
   const int64_t row = g.row();
-  float* partial = scratch<BlockStatisticsTag>(blocks.count() * 2 * row);
+  float* partial = scratch<BlockStatisticsTag>(blocks.count() * 3 * row);
   const auto pixels = [&](const Block& b) { return g.counts(b.image) ? (b.bottom - b.top) * g.w : 0; };
   blocks.each([&](const Block& b, int64_t index) {
     const int64_t n = pixels(b);
     if (n == 0) return;
     const float* from = z + (b.image * g.h + b.top) * g.w * g.channels;
-    float *means = partial + index * 2 * row, *squares = means + row;
+    float *first = partial + index * 3 * row, *apart = first + row, *squares = apart + row;
     int64_t c = 0;
     for (; c + 4 * kLanes <= g.channels; c += 4 * kLanes) {
-      pixel_statistics<4>(from + c, n, g.channels, kLanes, means + c, squares + c);
+      pixel_statistics<4>(from + c, n, g.channels, kLanes, first + c, apart + c, squares + c);
     }
     for (; c < g.channels; c += kLanes) {
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, g.channels - c));
-      pixel_statistics<1>(from + c, n, g.channels, lanes, means + c, squares + c);
+      pixel_statistics<1>(from + c, n, g.channels, lanes, first + c, apart + c, squares + c);
     }
   });
   const int64_t each = blocks.per_image() * g.size();
+  const auto block_mean = [&](int64_t i, int64_t c) {
+    return static_cast<double>(partial[i * 3 * row + c]) + partial[(i * 3 + 1) * row + c];
+  };
   at::parallel_for(0, g.count, std::max<int64_t>(32768 / (each * row + 1), 1), [&](int64_t begin, int64_t end) {
     std::vector<double> center(g.channels), squares(g.channels);
     for (int64_t group = begin; group < end; ++group) {
@@ -121,15 +125,15 @@ inline void group_statistics(const Groups& g, const float* z, float* mean, float
         const double n = static_cast<double>(pixels(blocks[i]));
         if (n == 0) continue;
         total += n;
-        for (int64_t c = 0; c < g.channels; ++c) center[c] += n * partial[i * 2 * row + c];
+        for (int64_t c = 0; c < g.channels; ++c) center[c] += n * block_mean(i, c);
       }
       for (double& m : center) m /= total;
       for (int64_t i = group * each; i < (group + 1) * each; ++i) {
         const double n = static_cast<double>(pixels(blocks[i]));
         if (n == 0) continue;
         for (int64_t c = 0; c < g.channels; ++c) {
-          const double apart = partial[i * 2 * row + c] - center[c];
-          squares[c] += partial[(i * 2 + 1) * row + c] + n * apart * apart;
+          const double apart = block_mean(i, c) - center[c];
+          squares[c] += partial[(i * 3 + 2) * row + c] + n * apart * apart;
         }
       }
       for (int64_t c = 0; c < g.channels; ++c) {
