@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from mtl_fast.kernels.native import build
 from mtl_fast.ops.backend import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mtl_fast"
+NATIVE = ROOT / "kernels" / "native"
 # A prefix's floor; 0 is what every floor above the kernels may use.
 FLOORS = {
     "mtl_fast": 0,
@@ -149,7 +153,8 @@ def test_every_kernel_file_has_its_operation() -> None:
 
 def test_files_are_short() -> None:
     folders = ("mtl_fast", "kernels", "bench", "tests", "tools")
-    files = [path for folder in folders for path in (ROOT / folder).glob("**/*.py")]
+    suffixes = (".py", ".cpp", ".h")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     long = {
         str(path.relative_to(ROOT)): n
         for path in files
@@ -185,7 +190,7 @@ import mtl_fast, mtl_fast.ops, mtl_fast.kernels.reference
 new = set(sys.modules) - before
 heavy = ("triton", "matplotlib", "tensorboard", "PIL", "tqdm", "tyro", "setuptools")
 heavy = {name for name in new if name.split(".")[0] in heavy}
-heavy |= {name for name in new if name.startswith(("torch.utils.cpp_extension", "torch.utils.tensorboard"))}
+heavy |= {name for name in new if name.startswith(("torch.utils.cpp_extension", "torch.utils.tensorboard", "torch._dynamo"))}
 assert not heavy, sorted(heavy)
 assert not events, events
 assert dict(os.environ) == environment
@@ -207,11 +212,9 @@ def test_importing_starts_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "lean\n"), done.stderr
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    pytest.importorskip("wheel")
-    source = tmp_path / "source"
-    # A copy: building writes build/ and egg-info beside setup.py.
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """The wheel of a copy of this checkout: building writes build/ and egg-info beside setup.py."""
+    source = folder / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -219,8 +222,32 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=100)
-    (wheel,) = tmp_path.glob("*.whl")
+    variables = {**os.environ, **environment}
+    subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(source)], check=True, timeout=500, env=variables
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def printed_in(folder: Path, code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("wheel")
+    wheel = build_wheel(tmp_path, MTL_FAST_NO_NATIVE="1")
+    assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
@@ -235,10 +262,50 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (PACKAGE / "data" / "glyphs").glob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
+    # The native kernels' sources: `mtl-fast build` compiles them where no library came with the package.
+    data |= {
+        f"mtl_fast/kernels/native/{path.name}" for path in NATIVE.iterdir() if path.suffix in (".cpp", ".h")
+    }
     assert data <= names, f"not in the wheel: {data - names}"
     # What was unpacked imports by itself, kernels as real files.
     code = "import mtl_fast.kernels.reference as r; print(r.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, timeout=100
+    expected_file = tmp_path / "site/mtl_fast/kernels/reference/__init__.py"
+    assert printed_in(tmp_path / "site", code) == str(expected_file)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_wheel_holds_a_library_for_every_vector_width(tmp_path: Path) -> None:
+    pytest.importorskip("wheel")
+    variants = build.VARIANTS.get(platform.machine(), ())
+    try:
+        build.Tools.found()
+    except build.NoCompilerError as error:
+        pytest.skip(str(error))
+    if not build.runnable_variants():
+        pytest.skip(f"no variant for {build.processor()}")
+    wheel = build_wheel(tmp_path, MTL_FAST_NO_NATIVE="0")
+    assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        assert not [name for name in archive.namelist() if name.endswith((".o", ".ninja", ".lock"))]
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
+        assert "Root-Is-Purelib: false" in archive.read(metadata).decode()
+    assert [Path(name).name.split("-")[0] for name in sorted(libraries)] == sorted(
+        f"libmtl_fast_{variant.name}" for variant in variants
     )
-    assert done.stdout.strip() == str(tmp_path / "site/mtl_fast/kernels/reference/__init__.py"), done.stderr
+    # With nothing in the user's folder, the packaged library of this processor's width is loaded, and used.
+    code = "from mtl_fast import why; print(why('ss_conv'))"
+    nowhere = {"MTL_FAST_BUILD_DIR": str(tmp_path / "empty"), "MTL_FAST_BACKEND": ""}
+    said = printed_in(tmp_path / "site", code, **nowhere)
+    assert said.startswith(f"native: native kernels, libmtl_fast_{build.runnable_variants()[0].name}-")
+
+
+def test_the_table_of_environment_variables_is_complete() -> None:
+    """Every one that the package or its build reads is in CONTRIBUTING.md's table, and no other."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    told = set(re.findall(r"^\| `(MTL_FAST_\w+)`", text, re.MULTILINE))
+    files = [*sources().values(), ROOT / "setup.py"]
+    read = {name for path in files for name in re.findall(r"\bMTL_FAST_[A-Z_]+\b", path.read_text("utf-8"))}
+    assert told == read

@@ -59,7 +59,8 @@ def _loaded(path: Path) -> tuple[bool, str]:
             return False, f"{path} is damaged; delete it and run `mtl-fast build`"
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return False, f"{path} does not load: {str(error).splitlines()[0]}"
+        # Torch's own message is no more than the path; the linker's is what it came from.
+        return False, f"{path} does not load: {str(error.__cause__ or error).splitlines()[0]}"
     return True, f"native kernels, {path.name}"
 
 
