@@ -23,6 +23,11 @@ struct Operand {
   const float* data() const { return tensor ? tensor->const_data_ptr<float>() : nullptr; }
 };
 
+// The kernels trust shapes: what reads memory is checked at the operator's door.
+inline void check_shape(const char* name, const at::Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK(t.sizes() == shape, "ss_conv: ", name, " has shape ", t.sizes(), ", expected ", shape);
+}
+
 // Of x [N, I, H, W], packed taps [I, k², O⁺] and a vector [O].
 inline Geometry geometry(const at::Tensor& x, const at::Tensor& taps, const at::Tensor& per_output, int64_t padding) {
   TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && per_output.dim() == 1, "ss_conv: operands of the wrong rank");
@@ -32,12 +37,14 @@ inline Geometry geometry(const at::Tensor& x, const at::Tensor& taps, const at::
   const int64_t n_out = per_output.size(0);
   TORCH_CHECK(taps.size(2) == ceil_div(n_out, kPackedColumns) * kPackedColumns, "ss_conv: taps packed for ",
               taps.size(2), " columns, ", n_out, " outputs");
+  TORCH_CHECK(padding >= 0 && padding < side, "ss_conv: padding ", padding, " for taps of side ", side);
   return {x.size(0), x.size(2), x.size(3), x.size(1), n_out, padding, side};
 }
 
 // Φ_S1 [O, I, 1, 1] or [O, 1, 1, 1] and γ/σ [O], for the convolution or (transposed) for its input gradient.
 inline Scaling scaling(const Operand& scale, const Operand& ratio, const Geometry& g, bool transposed) {
   Scaling s;
+  if (ratio.tensor) check_shape("ratio", *ratio.tensor, {g.n_out});
   if (scale.tensor) {
     const bool by_kernel = scale.tensor->size(1) != 1;
     TORCH_CHECK(scale.tensor->size(0) == g.n_out && (!by_kernel || scale.tensor->size(1) == g.n_in),

@@ -38,9 +38,15 @@ class Pool {
     return data;
   }
 
-  void give(void* data, int64_t bytes) {
+  // Called where a tensor dies: must not throw.
+  void give(void* data, int64_t bytes) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back({data, bytes});
+    try {
+      free_.push_back({data, bytes});
+    } catch (const std::bad_alloc&) {
+      std::free(data);
+      return;
+    }
     kept_ += bytes;
     while (kept_ > kMostKept) {
       kept_ -= free_.front().bytes;

@@ -22,6 +22,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const int64_t h = pool ? g.out_h() / 2 : g.out_h(), w = pool ? g.out_w() / 2 : g.out_w();
   at::Tensor out = new_images({g.n, g.n_out, h, w}, images.options());
   at::Tensor codes = new_images({save ? g.n : 0, g.n_out, h, w}, images.options().dtype(at::kByte));
+  if (residual) check_shape("residual", added, {g.n, g.n_out, g.out_h(), g.out_w()});
   if (out.numel() == 0) return {out, codes};
   const Filters filters{taps.const_data_ptr<float>(), g.n_in, g.n_out, taps.size(2),
                         scaling(factors, ratios, g, /*transposed=*/false)};

@@ -20,11 +20,17 @@ namespace {
 // What is asked of the weights: nothing, Φ_S1 by kernel, Φ_S1 by filter, or the weight itself.
 enum class Wanted : int64_t { kNone = 0, kKernelScale = 1, kFilterScale = 2, kWeight = 3 };
 
-// Below this |Φ_S1·γ/σ| a division by it would cost more than six bits.
-constexpr float kTinyScale = 1.f / 64;
+// Σ G·(z − shift) is a difference of larger things where γ·Φ_S1 is small: it serves while at most six bits are lost.
+constexpr float kMostLost = 64;
 
-bool any_tiny(const Operand& scale, int64_t n) {
-  return std::any_of(scale.data(), scale.data() + n, [](float s) { return !(std::fabs(s) >= kTinyScale); });
+// by_output [3, O] of `Unwinding::run`.
+bool trusted(const at::Tensor& by_output) {
+  const float* terms = by_output.const_data_ptr<float>() + by_output.size(1);
+  const float* subtracted = terms + by_output.size(1);
+  for (int64_t o = 0; o < by_output.size(1); ++o) {
+    if (!(terms[o] * kMostLost >= subtracted[o])) return false;
+  }
+  return true;
 }
 
 // products [.., columns] with the first O columns times γ/σ; the padding stays zero.
@@ -48,10 +54,16 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   const Operand factors(scale), ratios(ratio), shifts(shift);
   const auto options = images.options();
   const auto wanted = static_cast<Wanted>(weights_wanted);
-  const int64_t columns = taps.size(2);
+  const int64_t columns = taps.size(2), halved = pool ? 2 : 1;
+  const int64_t shape[] = {g.n, g.n_out, g.out_h() / halved, g.out_w() / halved};
+  check_shape("grad", upper, shape);
+  check_shape("rotated taps", rotated, {g.n_out, taps.size(1), ceil_div(g.n_in, kPackedColumns) * kPackedColumns});
+  if (pool || static_cast<Activation>(activation) != Activation::kNone) check_shape("codes", codes, shape);
+  bool by_output = wanted == Wanted::kFilterScale;
+  TORCH_CHECK(!by_output || (scale && output), "ss_conv: the scale of a filter takes its gradient from the output");
+  if (by_output) check_shape("output", *output, shape);
+  if (by_output && residual) check_shape("residual", *residual, {g.n, g.n_out, g.out_h(), g.out_w()});
 
-  // The product with the filter's own scale stays out of sums that divide by it: those of tiny scales are products.
-  const bool by_output = wanted == Wanted::kFilterScale && !any_tiny(factors, g.n_out);
   Unwinding unwinding{g, static_cast<Activation>(activation), static_cast<float>(slope), pool};
   unwinding.grad = upper.const_data_ptr<float>();
   unwinding.codes = codes.numel() ? codes.const_data_ptr<uint8_t>() : nullptr;
@@ -76,13 +88,13 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   if (own_residual) unwinding.residual_grad = residual_grad.mutable_data_ptr<float>();
   at::Tensor sums = at::zeros({g.n_out}, options);
   at::Tensor weights = at::empty({0}, options);
-  if (by_output) weights = at::zeros({g.n_out}, options);
-  unwinding.run(sums.mutable_data_ptr<float>(), by_output ? weights.mutable_data_ptr<float>() : nullptr);
+  at::Tensor outputs = at::zeros({by_output ? 3 : 0, g.n_out}, options);
+  unwinding.run(sums.mutable_data_ptr<float>(), by_output ? outputs.mutable_data_ptr<float>() : nullptr);
+  by_output = by_output && trusted(outputs);
   const float* g_inner = inner.const_data_ptr<float>();
 
   if (by_output) {
-    float* to = weights.mutable_data_ptr<float>();
-    for (int64_t o = 0; o < g.n_out; ++o) to[o] /= factors.data()[o];
+    weights = outputs[0] / factors.tensor->flatten();
   } else if (wanted != Wanted::kNone) {
     const bool whole = wanted == Wanted::kWeight;
     const bool all_written = columns == g.n_out && inner.numel() > 0;

@@ -1,6 +1,8 @@
 // From dL/dy to G = dL/dz through pooling and activation, with the sums over pixels that G's channels need.
 #pragma once
 
+#include <cmath>
+
 #include "epilogue.h"
 
 namespace mtl {
@@ -8,7 +10,8 @@ namespace mtl {
 // dL/dy before the activation.
 inline Vec through_activation(Activation activation, float slope, VecInt code, Vec upper) {
   if (activation == Activation::kNone) return upper;
-  return select((code & kPositive) != 0, upper, broadcast(slope) * upper);
+  // Slope 0 is exact also for an infinite gradient, as in `activate`.
+  return select((code & kPositive) != 0, upper, slope == 0 ? Vec{} : broadcast(slope) * upper);
 }
 
 // The way back through `finish_tile`, a tile at a time.
@@ -73,28 +76,30 @@ struct Unwinding {
   float* inner = nullptr;           // G [N, H', W', O]; null where it is `grad` itself
   float* residual_grad = nullptr;   // [N, H', W', O]; null where it is G or `grad`
 
-  // sums [O] = Σ G and, unless null, by_output [O] = Σ G·(z − shift).
+  // sums [O] = Σ G. Unless null, by_output [3, O]: Σ G·(z − shift), and how far that can be trusted: the sums of its
+  // terms' sizes, and of the sizes that were subtracted to get them.
   void run(float* sums, float* by_output) const {
-    const int64_t row = ceil_div(g.n_out, kLanes) * kLanes;
-    // One pair of partial sums an image, added in order.
-    float* partial = scratch<PartialSumsTag>(g.n * 2 * row);
-    std::memset(partial, 0, sizeof(float) * g.n * 2 * row);
+    if (g.n == 0) return;
+    const int64_t row = ceil_div(g.n_out, kLanes) * kLanes, rows = by_output ? 4 : 1;
+    // Partial sums of each image, added in order.
+    float* partial = scratch<PartialSumsTag>(g.n * rows * row);
+    std::memset(partial, 0, sizeof(float) * g.n * rows * row);
     at::parallel_for(0, g.n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t image = begin; image < end; ++image) {
-        float* own = partial + image * 2 * row;
-        image_rows(image, own, by_output ? own + row : nullptr);
+        float* own = partial + image * rows * row;
+        image_rows(image, own, by_output ? own + row : nullptr, row);
       }
     });
     for (int64_t image = 0; image < g.n; ++image) {
-      for (int64_t o = 0; o < g.n_out; ++o) {
-        sums[o] += partial[image * 2 * row + o];
-        if (by_output) by_output[o] += partial[(image * 2 + 1) * row + o];
-      }
+      const float* own = partial + image * rows * row;
+      for (int64_t o = 0; o < g.n_out; ++o) sums[o] += own[o];
+      for (int64_t kind = 0; kind + 1 < rows; ++kind)
+        for (int64_t o = 0; o < g.n_out; ++o) by_output[kind * g.n_out + o] += own[(kind + 1) * row + o];
     }
   }
 
  private:
-  void image_rows(int64_t image, float* sums, float* by_output) const {
+  void image_rows(int64_t image, float* sums, float* by_output, int64_t row) const {
     const int64_t h = g.out_h(), w = g.out_w(), step = pool ? 2 : 1;
     if (pool) clear_dropped(image);
     for (int64_t y = 0; y < h / step; ++y) {
@@ -102,22 +107,27 @@ struct Unwinding {
         const int64_t at = ((image * (h / step) + y) * (w / step) + x) * g.n_out;
         const int64_t corner = ((image * h + y * step) * w + x * step) * g.n_out;
         for (int64_t o = 0; o < g.n_out; o += kLanes) {
-          value(at + o, corner + o, o, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o)), sums, by_output);
+          value(at + o, corner + o, o, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o)), sums + o,
+                by_output ? by_output + o : nullptr, row);
         }
       }
     }
   }
 
   // One vector of the output at `at`, whose window's first pixel is at `corner`.
-  void value(int64_t at, int64_t corner, int64_t o, int lanes, float* sums, float* by_output) const {
+  void value(int64_t at, int64_t corner, int64_t o, int lanes, float* sums, float* by_output, int64_t row) const {
     const Vec upper = load_part(grad + at, lanes);
     const VecInt code = codes ? load_codes(codes + at, lanes) : VecInt{};
     const VecInt positive = (code & kPositive) != 0;
     const Vec d = through_activation(activation, slope, code, upper);
-    store(sums + o, load(sums + o) + d);
+    store(sums, load(sums) + d);
     if (by_output) {
-      const Vec z = before(at, corner, o, lanes, code, positive);
-      store(by_output + o, load(by_output + o) + d * (z - load_part(shift + o, lanes)));
+      const Vec t = load_part(shift + o, lanes);
+      Vec subtracted{};
+      const Vec term = d * (before(at, corner, lanes, code, positive, subtracted) - t);
+      store(by_output, load(by_output) + term);
+      store(by_output + row, load(by_output + row) + size(term));
+      store(by_output + 2 * row, load(by_output + 2 * row) + size(d) * (subtracted + size(t)));
     }
     if (inner == nullptr) return;
     if (!pool) {
@@ -133,8 +143,8 @@ struct Unwinding {
   }
 
   // z with its shift, from y: undo the residual and the activation. Where the slope is 0 and y is not positive,
-  // d is 0 and any finite value serves.
-  Vec before(int64_t at, int64_t corner, int64_t o, int lanes, VecInt code, VecInt positive) const {
+  // d is 0 and any finite value serves. `subtracted` takes the size of what z came from.
+  Vec before(int64_t at, int64_t corner, int lanes, VecInt code, VecInt positive, Vec& subtracted) const {
     Vec y = load_part(output + at, lanes), r{};
     if (residual) {
       r = load_part(residual + corner, lanes);
@@ -143,13 +153,20 @@ struct Unwinding {
         r = select((code & 3) == place, other, r);
       }
     }
-    const Vec inverse = broadcast(slope == 0 ? 0.f : 1 / slope);
-    switch (activation) {
-      case Activation::kNone: return y - r;
-      case Activation::kBeforeResidual: y = y - r; return select(positive, y, y * inverse);
-      default: return select(positive, y, y * inverse) - r;
+    const float upwards = 1 / slope;
+    const Vec inverse = broadcast(std::isfinite(upwards) ? upwards : 0.f);
+    Vec z;
+    if (activation == Activation::kAfterResidual) {
+      z = select(positive, y, y * inverse) - r;
+    } else {
+      z = y - r;
+      if (activation == Activation::kBeforeResidual) z = select(positive, z, z * inverse);
     }
+    subtracted = size(z) + size(r);
+    return z;
   }
+
+  static Vec size(Vec v) { return select(v < 0, -v, v); }
 
   // Pooling leaves an odd last row and column out: no gradient there.
   void clear_dropped(int64_t image) const {

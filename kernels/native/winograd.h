@@ -57,9 +57,9 @@ struct Matrices<6, 3> {
                                      {0, 1, -1, 32, -32, .03125f, -.03125f, 1}};
 };
 
-// out = Σ_j row[j]·in[j·step + first], over columns of one parity (step 2) or all (step 1).
 #define MTL_UNROLL _Pragma("GCC unroll 16")
 
+// Σ_j row[j]·in[j] over the columns first, first + step, …: all of them or those of one parity.
 template <int C>
 inline __attribute__((always_inline)) Vec dot(const float (&row)[C], const Vec* in, int first, int step) {
   Vec total{};

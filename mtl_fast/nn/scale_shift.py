@@ -116,6 +116,7 @@ class ScaleShiftConv2d(nn.Module):
 
     def freeze(self) -> None:
         """No gradient for weight, bias and the norm's affine."""
+        self._filters = None
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 

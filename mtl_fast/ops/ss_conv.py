@@ -55,7 +55,8 @@ def ss_conv(
         residual: [N, O, H', W'], added as the epilogue says.
         fold: multiply the norm into the weight (equal to rounding) instead of applying it after (the bits
             of conv2d followed by batch_norm).
-        backend: ``auto`` or a backend's name.
+        backend: ``auto`` or a backend's name. ``native`` works on tiles of 2 to 6 pixels: an infinite or NaN
+            pixel spreads over its tile.
 
     Returns:
         [N, O, H', W'], halved by pooling; x's dtype.
