@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .harness import Settings
+from .harness import Measurable, Settings
 from .report import header, lines_of, record, text
 
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(refused)
 
 
-def _rows(part: str, quick: bool) -> list:
+def _rows(part: str, quick: bool) -> list[Measurable]:
     if part == "step":
         from . import step
 

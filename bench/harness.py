@@ -143,7 +143,8 @@ class Line:
 class Measurable(Protocol):
     """A row of whatever kind."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def measure(self, settings: Settings) -> Iterable[Line]: ...
 
