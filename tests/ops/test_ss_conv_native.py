@@ -17,6 +17,7 @@ from tests.native_cases import (
     TILES,
     amplification,
     assert_native_agrees,
+    double,
     leaves,
     matrices,
     n_threads,
@@ -172,6 +173,25 @@ def test_a_norm_that_scales_by_almost_nothing(gamma: float) -> None:
     x, conv = case((2, 5, 16, 6, 7, 3), "filter", seed=6)
     norm = replace(conv.norm, weight=torch.full((16,), gamma))
     assert_native_agrees(x, replace(conv, norm=norm), Epilogue("after_residual"), residual_of(x, conv))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1e-1, 1e-2, 1e-4, 1e-6])
+def test_a_small_norm_costs_a_filters_scale_gradient_six_bits_at_most(gamma: float) -> None:
+    """Adam divides by a gradient's own size: each filter's must be right relative to itself, however small."""
+    x, conv = case((4, 5, 16, 8, 8, 3), "filter", seed=7)
+    conv = replace(conv, norm=replace(conv.norm, weight=torch.full((16,), gamma)))
+    # Along the convolution itself, so that its sum over pixels cancels nothing.
+    cotangent = ss_conv(x, replace(conv, norm=None, shift=None, filters=replace(conv.filters, bias=None)))
+    gradients = []
+    for images, given in ((x, conv), (x.double(), double(conv))):
+        _, given = leaves(images, given, ("scale",))
+        y = ss_conv(images, given)
+        gradients.append(torch.autograd.grad(y, given.scale, cotangent.to(y.dtype))[0].flatten())
+    ours, exact = gradients
+    length = 5 * 9 + 4 * 8 * 8
+    bound = 64 * torch.finfo(torch.float32).eps * length**0.5 * amplification("images", 3)
+    assert ((ours - exact).abs() <= bound * exact.abs()).all(), ((ours - exact) / exact).abs().max()
+    assert bound < 0.01
 
 
 @by_granularity
