@@ -10,6 +10,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "group_blocks.h"
 #include "operands.h"
 #include "unwind.h"
@@ -29,15 +31,16 @@ Groups groups(const at::Tensor& z, int64_t n_groups, const std::optional<at::Ten
 // A 1×1 "convolution" of the same images: what the epilogue's tiles are cut from.
 Geometry images_of(const Groups& g) { return {g.n, g.h, g.w, g.channels, g.channels, 0, 1}; }
 
-// f(place, o, lanes) for every 2×2 tile of a block and every vector of channels.
+// f(place, o, lanes) for every 2×2 tile of a block and every vector of channels; whole ones with a constant for
+// lanes, so that the compiler makes them a case of their own.
 template <class F>
 void each_tile(const Groups& g, const Block& b, const F& f) {
   for (int64_t top = b.top; top < b.bottom; top += 2) {
     for (int64_t left = 0; left < g.w; left += 2) {
       const TileGrid::Place at{b.image, top, left};
-      for (int64_t o = 0; o < g.channels; o += kLanes) {
-        f(at, o, static_cast<int>(std::min<int64_t>(kLanes, g.channels - o)));
-      }
+      int64_t o = 0;
+      for (; o + kLanes <= g.channels; o += kLanes) f(at, o, std::integral_constant<int, kLanes>());
+      if (o < g.channels) f(at, o, static_cast<int>(g.channels - o));
     }
   }
 }
@@ -103,7 +106,7 @@ Outputs forward(const at::Tensor& z, const std::optional<at::Tensor>& weight, co
       return;
     }
     const float *center = means + g.of(b.image) * g.channels, *ratio = ratios + g.of(b.image) * row;
-    each_tile(g, b, [&](const TileGrid::Place& at, int64_t o, int lanes) {
+    each_tile(g, b, [&](const TileGrid::Place& at, int64_t o, auto lanes) {
       const Vec middle = load_part(center + o, lanes), factor = load(ratio + o);
       Vec y[2][2];
       each_pixel(g, at, o, [&](int i, int j, int64_t pixel) {
@@ -141,7 +144,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& z, const at::Tensor
     float* own = partial + index * 2 * row;
     std::fill_n(own, 2 * row, 0.f);
     const float* center = means + g.of(b.image) * g.channels;
-    each_tile(g, b, [&](const TileGrid::Place& at, int64_t o, int lanes) {
+    each_tile(g, b, [&](const TileGrid::Place& at, int64_t o, auto lanes) {
       const Vec middle = load_part(center + o, lanes);
       const auto d = unwound.tile(at, o, lanes);
       Vec total{}, by_deviation{};
@@ -191,7 +194,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& z, const at::Tensor
       return;
     }
     const float *center = means + g.of(b.image) * g.channels, *table = tables + g.of(b.image) * 3 * row;
-    each_tile(g, b, [&](const TileGrid::Place& at, int64_t o, int lanes) {
+    each_tile(g, b, [&](const TileGrid::Place& at, int64_t o, auto lanes) {
       const Vec middle = load_part(center + o, lanes), factor = load(table + o);
       const Vec mean_d = load(table + row + o), along = load(table + 2 * row + o);
       const auto d = unwound.tile(at, o, lanes);
