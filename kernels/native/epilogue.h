@@ -79,23 +79,31 @@ inline Vec activate(Vec z, float slope) {
   return select(z <= 0, slope == 0 ? Vec{} : broadcast(slope) * z, z);
 }
 
-// One tile's values y [M, M] of the channels o..o+lanes, to `out` (and `codes` unless null).
+// Extent of a tile that is cut off by the map's edge or has less than a vector of channels; and of a whole one, whose
+// constants let the compiler keep the tile in registers.
+struct PartTile {
+  int rows, columns, lanes;
+};
+
 template <int M>
-inline void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes,
-                        Vec (&y)[M][M], float* out, uint8_t* codes) {
+struct WholeTile {
+  static constexpr int rows = M, columns = M, lanes = kLanes;
+};
+
+template <int M, class Extent>
+inline __attribute__((always_inline)) void finish_extent(
+    const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, const Extent extent, Vec (&y)[M][M],
+    float* out, uint8_t* codes) {
   const int64_t h = g.out_h(), w = g.out_w();
-  const int rows = static_cast<int>(std::min<int64_t>(M, h - at.top));
-  const int columns = static_cast<int>(std::min<int64_t>(M, w - at.left));
-  const Vec shift = e.shift ? load_part(e.shift + o, lanes) : Vec{};
+  const Vec shift = e.shift ? load_part(e.shift + o, extent.lanes) : Vec{};
+  const float* residual = e.residual ? e.residual + ((at.image * h + at.top) * w + at.left) * g.n_out + o : nullptr;
   VecInt positive[M][M];
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; ++j) {
+  MTL_UNROLL for (int i = 0; i < extent.rows; ++i) {
+    MTL_UNROLL for (int j = 0; j < extent.columns; ++j) {
       Vec z = y[i][j] + shift;
       positive[i][j] = z > 0;
       if (e.activation == Activation::kBeforeResidual) z = activate(z, e.slope);
-      if (e.residual) {
-        z = z + load_part(e.residual + ((at.image * h + at.top + i) * w + at.left + j) * g.n_out + o, lanes);
-      }
+      if (residual) z = z + load_part(residual + (i * w + j) * g.n_out, extent.lanes);
       if (e.activation == Activation::kAfterResidual) {
         positive[i][j] = z > 0;
         z = activate(z, e.slope);
@@ -104,30 +112,44 @@ inline void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Pl
     }
   }
   if (!e.pool) {
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < columns; ++j) {
-        const int64_t pixel = ((at.image * h + at.top + i) * w + at.left + j) * g.n_out + o;
-        store_part(out + pixel, y[i][j], lanes);
-        if (codes) store_codes(codes + pixel, positive[i][j] & kPositive, lanes);
+    const int64_t corner = ((at.image * h + at.top) * w + at.left) * g.n_out + o;
+    MTL_UNROLL for (int i = 0; i < extent.rows; ++i) {
+      MTL_UNROLL for (int j = 0; j < extent.columns; ++j) {
+        const int64_t pixel = corner + (i * w + j) * g.n_out;
+        store_part(out + pixel, y[i][j], extent.lanes);
+        if (codes) store_codes(codes + pixel, positive[i][j] & kPositive, extent.lanes);
       }
     }
     return;
   }
-  for (int i = 0; i + 1 < rows; i += 2) {
-    for (int j = 0; j + 1 < columns; j += 2) {
+  const int64_t corner = ((at.image * (h / 2) + at.top / 2) * (w / 2) + at.left / 2) * g.n_out + o;
+  MTL_UNROLL for (int i = 0; i + 1 < extent.rows; i += 2) {
+    MTL_UNROLL for (int j = 0; j + 1 < extent.columns; j += 2) {
       Vec best = y[i][j];
       VecInt code = positive[i][j] & kPositive;
-      for (int place = 1; place < 4; ++place) {
+      MTL_UNROLL for (int place = 1; place < 4; ++place) {
         const Vec value = y[i + place / 2][j + place % 2];
         const VecInt better = (value > best) | (value != value);  // the first maximum wins, NaN goes through
         best = select(better, value, best);
         code = better ? (positive[i + place / 2][j + place % 2] & kPositive) | place : code;
       }
-      const int64_t pixel =
-          ((at.image * (h / 2) + (at.top + i) / 2) * (w / 2) + (at.left + j) / 2) * g.n_out + o;
-      store_part(out + pixel, best, lanes);
-      if (codes) store_codes(codes + pixel, code, lanes);
+      const int64_t pixel = corner + (i / 2 * (w / 2) + j / 2) * g.n_out;
+      store_part(out + pixel, best, extent.lanes);
+      if (codes) store_codes(codes + pixel, code, extent.lanes);
     }
+  }
+}
+
+// One tile's values y [M, M] of the channels o..o+lanes, to `out` (and `codes` unless null).
+template <int M>
+inline void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes,
+                        Vec (&y)[M][M], float* out, uint8_t* codes) {
+  const int rows = static_cast<int>(std::min<int64_t>(M, g.out_h() - at.top));
+  const int columns = static_cast<int>(std::min<int64_t>(M, g.out_w() - at.left));
+  if (rows == M && columns == M && lanes == kLanes) {
+    finish_extent<M>(e, g, at, o, WholeTile<M>{}, y, out, codes);
+  } else {
+    finish_extent<M>(e, g, at, o, PartTile{rows, columns, lanes}, y, out, codes);
   }
 }
 

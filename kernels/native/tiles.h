@@ -149,13 +149,17 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
   const bool scaled = !s.none();
   float* factors = scratch<FactorsTag>(f.K * kPanel);
   if (scaled) {
-    for (int64_t n = 0; n < kPanel; ++n) {
-      const float column = n >= columns ? 0.f : s.n_factor ? s.n_factor[n0 + n] : 1.f;
-      for (int64_t k = 0; k < f.K; ++k) {
-        float value = column;
-        if (s.scale && n < columns) value *= s.scale[k * s.k_stride + (n0 + n) * s.n_stride];
-        if (s.k_factor) value *= s.k_factor[k];
-        factors[k * kPanel + n] = value;
+    // A few rows at a time: a scale lies by outputs, its factors by inputs, and both sides should stay in cache.
+    constexpr int64_t kBlock = 16;
+    for (int64_t k0 = 0; k0 < f.K; k0 += kBlock) {
+      for (int64_t n = 0; n < kPanel; ++n) {
+        const float column = n >= columns ? 0.f : s.n_factor ? s.n_factor[n0 + n] : 1.f;
+        for (int64_t k = k0; k < std::min(f.K, k0 + kBlock); ++k) {
+          float value = column;
+          if (s.scale && n < columns) value *= s.scale[k * s.k_stride + (n0 + n) * s.n_stride];
+          if (s.k_factor) value *= s.k_factor[k];
+          factors[k * kPanel + n] = value;
+        }
       }
     }
   }

@@ -263,6 +263,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(x, taps, rotated, scale, ratio, shift, output[1], *kept)
     ctx.padding, ctx.activation, ctx.slope, ctx.pool = padding, activation, slope, pool
     ctx.mark_non_differentiable(output[1])
+    # No zeros in the place of the codes' gradient, which nobody reads.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
