@@ -28,15 +28,15 @@ inline void check_shape(const char* name, const at::Tensor& t, at::IntArrayRef s
   TORCH_CHECK(t.sizes() == shape, "ss_conv: ", name, " has shape ", t.sizes(), ", expected ", shape);
 }
 
-// Of x [N, I, H, W], packed taps [I, k², O⁺] and a vector [O].
+// Of x [N, I, H, W], packed taps and a vector [O].
 inline Geometry geometry(const at::Tensor& x, const at::Tensor& taps, const at::Tensor& per_output, int64_t padding) {
-  TORCH_CHECK(x.dim() == 4 && taps.dim() == 3 && per_output.dim() == 1, "ss_conv: operands of the wrong rank");
-  TORCH_CHECK(x.size(1) == taps.size(0), "ss_conv: ", x.size(1), " channels for taps of ", taps.size(0));
-  const int64_t side = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(taps.size(1)))));
+  TORCH_CHECK(x.dim() == 4 && taps.dim() == 4 && per_output.dim() == 1, "ss_conv: operands of the wrong rank");
+  TORCH_CHECK(x.size(1) == taps.size(1), "ss_conv: ", x.size(1), " channels for taps of ", taps.size(1));
+  const int64_t side = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(taps.size(2)))));
   TORCH_CHECK(side == 1 || side == 3, "ss_conv: taps of side ", side);
   const int64_t n_out = per_output.size(0);
-  TORCH_CHECK(taps.size(2) == ceil_div(n_out, kPackedColumns) * kPackedColumns, "ss_conv: taps packed for ",
-              taps.size(2), " columns, ", n_out, " outputs");
+  check_shape("taps", taps, {ceil_div(n_out, kPackedColumns), x.size(1), side * side, kPackedColumns});
+  TORCH_CHECK(taps.is_contiguous(), "ss_conv: taps are not dense");
   TORCH_CHECK(padding >= 0 && padding < side, "ss_conv: padding ", padding, " for taps of side ", side);
   return {x.size(0), x.size(2), x.size(3), x.size(1), n_out, padding, side};
 }

@@ -24,7 +24,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
   at::Tensor codes = new_images({save ? g.n : 0, g.n_out, h, w}, images.options().dtype(at::kByte));
   if (residual) check_shape("residual", added, {g.n, g.n_out, g.out_h(), g.out_w()});
   if (out.numel() == 0) return {out, codes};
-  const Filters filters{taps.const_data_ptr<float>(), g.n_in, g.n_out, taps.size(2),
+  const Filters filters{taps.const_data_ptr<float>(), g.n_in, g.n_out,
                         scaling(factors, ratios, g, /*transposed=*/false)};
   const Epilogue epilogue{shifts.data(), residual ? added.const_data_ptr<float>() : nullptr,
                           static_cast<Activation>(activation), static_cast<float>(slope), pool};

@@ -42,7 +42,7 @@ at::Tensor scale_columns(const at::Tensor& products, const Operand& ratio, int64
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Gradients of x, of the weights ([I, k², O⁺], [I, O⁺] or [O], as wanted), Σ G [O], of the residual.
+// Gradients of x, of the weights (as packed taps, [I, O⁺] or [O], as wanted), Σ G [O], of the residual.
 Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& codes, const at::Tensor& taps,
                    const at::Tensor& rotated, const std::optional<at::Tensor>& scale,
                    const std::optional<at::Tensor>& ratio, const at::Tensor& shift,
@@ -54,10 +54,10 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   const Operand factors(scale), ratios(ratio), shifts(shift);
   const auto options = images.options();
   const auto wanted = static_cast<Wanted>(weights_wanted);
-  const int64_t columns = taps.size(2), halved = pool ? 2 : 1;
+  const int64_t columns = taps.size(0) * kPackedColumns, halved = pool ? 2 : 1;
   const int64_t shape[] = {g.n, g.n_out, g.out_h() / halved, g.out_w() / halved};
   check_shape("grad", upper, shape);
-  check_shape("rotated taps", rotated, {g.n_out, taps.size(1), ceil_div(g.n_in, kPackedColumns) * kPackedColumns});
+  check_shape("rotated taps", rotated, {ceil_div(g.n_in, kPackedColumns), g.n_out, taps.size(2), kPackedColumns});
   if (pool || static_cast<Activation>(activation) != Activation::kNone) check_shape("codes", codes, shape);
   bool by_output = wanted == Wanted::kFilterScale;
   TORCH_CHECK(!by_output || (scale && output), "ss_conv: the scale of a filter takes its gradient from the output");
@@ -97,11 +97,12 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     weights = outputs[0] / factors.tensor->flatten();
   } else if (wanted != Wanted::kNone) {
     const bool whole = wanted == Wanted::kWeight;
+    TORCH_CHECK(!whole || (!scale && !ratio), "ss_conv: a weight that trains has scale and norm multiplied in");
     const bool all_written = columns == g.n_out && inner.numel() > 0;
     const auto allocate = [&](at::IntArrayRef shape) {
       return all_written ? at::empty(shape, options) : at::zeros(shape, options);
     };
-    at::Tensor products = whole ? allocate({g.n_in, g.taps * g.taps, columns}) : allocate({g.n_in, columns});
+    at::Tensor products = whole ? allocate(taps.sizes()) : allocate({g.n_in, columns});
     const Plan plan = gradient_plan(g, whole);
     with_tile(plan, g.taps, [&](auto f) {
       weight_gradient<decltype(f)>(g, plan, images.const_data_ptr<float>(), g_inner,
@@ -116,7 +117,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   if (needs_x) {
     x_grad = new_images(images.sizes(), options);
     const Geometry back{g.n, g.out_h(), g.out_w(), g.n_out, g.n_in, g.taps - 1 - g.padding, g.taps};
-    const Filters filters{rotated.const_data_ptr<float>(), g.n_out, g.n_in, rotated.size(2),
+    const Filters filters{rotated.const_data_ptr<float>(), g.n_out, g.n_in,
                           scaling(factors, ratios, g, /*transposed=*/true)};
     const Plan plan = forward_plan(back);
     with_tile(plan, g.taps, [&](auto f) {

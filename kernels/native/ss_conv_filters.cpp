@@ -23,42 +23,45 @@ void by_blocks(int64_t n_out, int64_t n_in, const Fn& fn) {
   });
 }
 
-// weight [O, I, k, k] -> taps [I, k², O⁺] for the convolution, rotated [O, k², I⁺] for its input gradient;
-// ⁺ is padded with zeros to kPackedColumns.
+// weight [O, I, k, k] -> taps for the convolution, which sums over I, and rotated ones for its input gradient, which
+// sums over O; both packed.
 std::tuple<at::Tensor, at::Tensor> pack_filters(const at::Tensor& weight) {
   const int64_t n_out = weight.size(0), n_in = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const int64_t out_columns = ceil_div(n_out, kPackedColumns) * kPackedColumns;
-  const int64_t in_columns = ceil_div(n_in, kPackedColumns) * kPackedColumns;
   const at::Tensor w = weight.contiguous();
   // Padding is written where there is any: most weights have none.
-  const auto allocate = [&](at::IntArrayRef shape, bool padded) {
-    return padded ? at::zeros(shape, w.options()) : at::empty(shape, w.options());
+  const auto allocate = [&](int64_t K, int64_t N) {
+    const int64_t shape[] = {ceil_div(N, kPackedColumns), K, taps, kPackedColumns};
+    return N % kPackedColumns ? at::zeros(shape, w.options()) : at::empty(shape, w.options());
   };
-  at::Tensor forward = allocate({n_in, taps, out_columns}, out_columns != n_out);
-  at::Tensor rotated = allocate({n_out, taps, in_columns}, in_columns != n_in);
+  at::Tensor forward = allocate(n_in, n_out), rotated = allocate(n_out, n_in);
   const float* from = w.const_data_ptr<float>();
   float* to = forward.mutable_data_ptr<float>();
   float* back = rotated.mutable_data_ptr<float>();
   by_blocks(n_out, n_in, [=](int64_t o, int64_t i) {
+    float* there = to + packed_offset(o, i, n_in, taps);
+    float* turned = back + packed_offset(i, o, n_out, taps);
     for (int64_t t = 0; t < taps; ++t) {
       const float value = from[(o * n_in + i) * taps + t];
-      to[(i * taps + t) * out_columns + o] = value;
-      back[(o * taps + taps - 1 - t) * in_columns + i] = value;
+      there[t * kPackedColumns] = value;
+      turned[(taps - 1 - t) * kPackedColumns] = value;
     }
   });
   return {forward, rotated};
 }
 
-// taps [I, k², O⁺] -> weight [O, I, k, k].
+// Packed taps -> weight [O, I, k, k].
 at::Tensor unpack_filters(const at::Tensor& taps, int64_t n_out) {
-  const int64_t n_in = taps.size(0), n_taps = taps.size(1), columns = taps.size(2), side = n_taps == 1 ? 1 : 3;
-  TORCH_CHECK(side * side == n_taps && n_out <= columns, "unpack_filters: taps ", taps.sizes(), " for ", n_out);
+  const int64_t n_in = taps.size(1), n_taps = taps.size(2), side = n_taps == 1 ? 1 : 3;
+  TORCH_CHECK(taps.dim() == 4 && taps.size(3) == kPackedColumns && side * side == n_taps &&
+                  taps.size(0) == ceil_div(n_out, kPackedColumns),
+              "unpack_filters: taps ", taps.sizes(), " for ", n_out);
   const at::Tensor packed = taps.contiguous();
   at::Tensor weight = at::empty({n_out, n_in, side, side}, packed.options());
   const float* from = packed.const_data_ptr<float>();
   float* to = weight.mutable_data_ptr<float>();
   by_blocks(n_out, n_in, [=](int64_t o, int64_t i) {
-    for (int64_t t = 0; t < n_taps; ++t) to[(o * n_in + i) * n_taps + t] = from[(i * n_taps + t) * columns + o];
+    const float* there = from + packed_offset(o, i, n_in, n_taps);
+    for (int64_t t = 0; t < n_taps; ++t) to[(o * n_in + i) * n_taps + t] = there[t * kPackedColumns];
   });
   return weight;
 }

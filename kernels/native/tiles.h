@@ -13,8 +13,14 @@
 
 namespace mtl {
 
-// Padded columns of packed taps: a whole number of panels of every vector width.
+// Packed taps are [packs, K, k², kPackedColumns]: a whole number of panels of every vector width side by side, so that
+// a panel reads its taps one after the other and memory keeps up. Columns of no channel are zeros.
 constexpr int64_t kPackedColumns = 32;
+
+// Where the taps of the summed channel k lie for the vector of produced channels at `n`; taps are kPackedColumns apart.
+inline int64_t packed_offset(int64_t n, int64_t k, int64_t K, int64_t n_taps) {
+  return (n / kPackedColumns * K + k) * n_taps * kPackedColumns + n % kPackedColumns;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -131,10 +137,10 @@ struct Scaling {
   bool none() const { return scale == nullptr && k_factor == nullptr && n_factor == nullptr; }
 };
 
-// Taps [K, R², packed columns] of one convolution, its columns the produced channels.
+// Packed taps of one convolution: K summed channels, N produced ones.
 struct Filters {
   const float* taps;
-  int64_t K, N, packed;
+  int64_t K, N;
   Scaling scaling;
 };
 
@@ -165,7 +171,7 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
   }
   for (int64_t k = 0; k < f.K; ++k) {
     for (int half = 0; half < kPanel; half += kLanes) {
-      const float* w = f.taps + k * R * R * f.packed + n0 + half;
+      const float* w = f.taps + packed_offset(n0 + half, k, f.K, R * R);
       float* out = u + k * kPanel + half;
       const Vec factor = scaled ? load(factors + k * kPanel + half) : broadcast(1.f);
       if constexpr (R == 1) {
@@ -173,7 +179,7 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
       } else {
         Vec taps[R][R], points[F::kPatch][F::kPatch];
         MTL_UNROLL for (int i = 0; i < R; ++i)
-          MTL_UNROLL for (int j = 0; j < R; ++j) taps[i][j] = load(w + (i * R + j) * f.packed) * factor;
+          MTL_UNROLL for (int j = 0; j < R; ++j) taps[i][j] = load(w + (i * R + j) * kPackedColumns) * factor;
         F::filter(taps, points);
         MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
           MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)

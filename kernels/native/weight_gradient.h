@@ -12,8 +12,8 @@ struct SlicesTag {};
 // Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, times the taps and summed (or whole), to `out`:
 // added, or as its `first` value.
 template <class F>
-void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_out, const float* taps,
-                  int64_t columns, bool whole, bool first, float* out) {
+void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_in, int64_t n_out,
+                  const float* taps, int64_t columns, bool whole, bool first, float* out) {
   constexpr int R = F::kTaps, P = F::kPatch;
   for (int r = 0; r < n_rows; ++r) {
     for (int half = 0; half < kPanel; half += kLanes) {
@@ -30,17 +30,17 @@ void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_
           MTL_UNROLL for (int j = 0; j < P; ++j) points[i][j] = load(from + (i * P + j) * kRows * kPanel);
         F::filter_gradient(points, dw);
       }
-      const float* w = taps + (i0 + r) * R * R * columns + column;
+      const int64_t packed = packed_offset(column, i0 + r, n_in, R * R);
       if (whole) {
-        float* to = out + (i0 + r) * R * R * columns + column;
+        float* to = out + packed;
         for (int t = 0; t < R * R; ++t) {
-          const Vec before = first ? Vec{} : load(to + t * columns);
-          store(to + t * columns, before + dw[t / R][t % R]);
+          const Vec before = first ? Vec{} : load(to + t * kPackedColumns);
+          store(to + t * kPackedColumns, before + dw[t / R][t % R]);
         }
       } else {
         float* to = out + (i0 + r) * columns + column;
         Vec total = first ? Vec{} : load(to);
-        for (int t = 0; t < R * R; ++t) total = total + load(w + t * columns) * dw[t / R][t % R];
+        for (int t = 0; t < R * R; ++t) total = total + load(taps + packed + t * kPackedColumns) * dw[t / R][t % R];
         store(to, total);
       }
     }
@@ -66,10 +66,10 @@ void gradient_block(const Geometry& g, const GradientPoints& p, int64_t block, i
                                 p.n_tiles, du + point * kRows * kPanel, kPanel},
                                n_rows, g.n_out - o);
   }
-  finish_block<F>(du, n_rows, i0, o, g.n_out, taps, columns, whole, first, out);
+  finish_block<F>(du, n_rows, i0, o, g.n_in, g.n_out, taps, columns, whole, first, out);
 }
 
-// out [I, k², columns] (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output
+// out as packed taps (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output
 // stay as they are, and so does everything where there are no pixels.
 template <class F>
 void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const float* dz, const float* taps,

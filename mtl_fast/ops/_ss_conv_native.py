@@ -23,7 +23,7 @@ from ._library import LIBRARY, native_runs
 
 # What the backward operator computes for the weights, in the order of the C++ enumeration.
 NOTHING, KERNEL_SCALE, FILTER_SCALE, WEIGHT = range(4)
-# Columns of packed taps come in whole panels of every vector width.
+# Packed taps are [⌈N/32⌉, K, k², 32], K the summed and N the produced channels: panels of any vector width in a row.
 PACKED_COLUMNS = 32
 
 LIBRARY.define("pack_filters(Tensor weight) -> (Tensor, Tensor)")
@@ -114,7 +114,7 @@ def ss_conv(
 
 
 def packed(filters: FrozenFilters) -> tuple[Tensor, Tensor]:
-    """Taps [I, k², O⁺] and rotated taps [O, k², I⁺]; of a frozen weight made once a `FrozenFilters`."""
+    """Taps and rotated taps, packed; of a frozen weight made once a `FrozenFilters`."""
     kept = filters.derived
     if "taps" in kept and not filters.weight.requires_grad:
         return kept["taps"], kept["rotated"]
@@ -151,15 +151,15 @@ def _folded_shift(conv: ConvOperands, ratio: Tensor | None) -> Tensor:
 @torch.library.register_fake("mtl_fast::pack_filters")
 def _(weight: Tensor) -> tuple[Tensor, Tensor]:
     n_out, n_in, *side = weight.shape
-    padded_out, padded_in = (-(-n // PACKED_COLUMNS) * PACKED_COLUMNS for n in (n_out, n_in))
-    n_taps = side[0] * side[1]
-    return weight.new_empty(n_in, n_taps, padded_out), weight.new_empty(n_out, n_taps, padded_in)
+    packs_out, packs_in = (-(-n // PACKED_COLUMNS) for n in (n_out, n_in))
+    rest = side[0] * side[1], PACKED_COLUMNS
+    return weight.new_empty(packs_out, n_in, *rest), weight.new_empty(packs_in, n_out, *rest)
 
 
 @torch.library.register_fake("mtl_fast::unpack_filters")
 def _(taps: Tensor, n_out: int) -> Tensor:
     side = _side(taps)
-    return taps.new_empty(n_out, taps.shape[0], side, side)
+    return taps.new_empty(n_out, taps.shape[1], side, side)
 
 
 def _pack_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -174,14 +174,14 @@ def _pack_backward(ctx: Any, taps: Tensor, rotated: Tensor | None) -> Tensor:
 
 
 def _unpacked(taps: Tensor, n_out: int) -> Tensor:
-    """[I, k², O⁺] -> [O, I, k, k], differentiably."""
+    """Packed taps -> weight [O, I, k, k], differentiably."""
     side = _side(taps)
-    return taps[:, :, :n_out].permute(2, 0, 1).unflatten(2, (side, side))
+    return taps.permute(0, 3, 1, 2).flatten(0, 1)[:n_out].unflatten(2, (side, side))
 
 
 def _side(taps: Tensor) -> int:
-    """k of packed taps [I, k², O⁺]."""
-    return 1 if taps.shape[1] == 1 else 3
+    """k of packed taps."""
+    return 1 if taps.shape[2] == 1 else 3
 
 
 torch.library.register_autograd("mtl_fast::pack_filters", _pack_backward, setup_context=_pack_context)
@@ -234,7 +234,7 @@ def _(
     size = [length + 2 * padding - side + 1 for length in x.shape[2:]]
     weights = {
         NOTHING: x.new_empty(0),
-        KERNEL_SCALE: x.new_empty(taps.shape[0], taps.shape[2]),
+        KERNEL_SCALE: x.new_empty(x.shape[1], taps.shape[0] * PACKED_COLUMNS),
         FILTER_SCALE: x.new_empty(n_out),
         WEIGHT: torch.empty_like(taps),
     }
@@ -257,7 +257,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     if needs[1]:
         ctx.wanted = WEIGHT
     elif needs[3]:
-        ctx.wanted = KERNEL_SCALE if scale.shape[1] == taps.shape[0] else FILTER_SCALE
+        ctx.wanted = KERNEL_SCALE if scale.shape[1] == x.shape[1] else FILTER_SCALE
     # Only the scale of a filter takes its gradient from the output.
     kept = (output[0], residual) if ctx.wanted == FILTER_SCALE else (None, None)
     ctx.save_for_backward(x, taps, rotated, scale, ratio, shift, output[1], *kept)

@@ -82,10 +82,11 @@ def test_opcheck_of_the_gradient(wanted: int, needs_x: bool) -> None:
     x, conv = case("filter" if wanted == 2 else "kernel")
     taps, rotated = torch.ops.mtl_fast.pack_filters(conv.filters.weight)
     residual = Random(4, torch.float32).images(3, 7, 8, 7)
+    scale = None if wanted == 3 else conv.scale  # a weight that trains has its scale multiplied in
     y, codes = torch.ops.mtl_fast.ss_conv(
-        x, taps, rotated, conv.scale, None, conv.shift, residual, 1, 1, 0.1, True, True
+        x, taps, rotated, scale, None, conv.shift, residual, 1, 1, 0.1, True, True
     )
-    arguments = (torch.randn_like(y), x, codes, taps, rotated, conv.scale, None, conv.shift)
+    arguments = (torch.randn_like(y), x, codes, taps, rotated, scale, None, conv.shift)
     kept = (y, residual) if wanted == 2 else (None, None)
     torch.library.opcheck(
         torch.ops.mtl_fast.ss_conv_backward.default,
