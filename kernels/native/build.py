@@ -26,6 +26,8 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
+    # Nothing outside calls in: functions of the headers are called directly, not through a table.
+    "-fvisibility-inlines-hidden",
     "-fopenmp",
     # One source serves every width through vector types; contraction turns a * b + c into one instruction.
     "-ffp-contract=fast",

@@ -140,16 +140,23 @@ inline __attribute__((always_inline)) void finish_extent(
   }
 }
 
+// Few tiles are cut off: their code stays out of the way of the others'.
+template <int M>
+__attribute__((noinline)) void finish_part(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o,
+                                           PartTile extent, Vec (&y)[M][M], float* out, uint8_t* codes) {
+  finish_extent<M>(e, g, at, o, extent, y, out, codes);
+}
+
 // One tile's values y [M, M] of the channels o..o+lanes, to `out` (and `codes` unless null).
 template <int M>
-inline void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes,
+inline __attribute__((always_inline)) void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes,
                         Vec (&y)[M][M], float* out, uint8_t* codes) {
   const int rows = static_cast<int>(std::min<int64_t>(M, g.out_h() - at.top));
   const int columns = static_cast<int>(std::min<int64_t>(M, g.out_w() - at.left));
   if (rows == M && columns == M && lanes == kLanes) {
     finish_extent<M>(e, g, at, o, WholeTile<M>{}, y, out, codes);
   } else {
-    finish_extent<M>(e, g, at, o, PartTile{rows, columns, lanes}, y, out, codes);
+    finish_part<M>(e, g, at, o, PartTile{rows, columns, lanes}, y, out, codes);
   }
 }
 

@@ -68,16 +68,20 @@ class Pool {
   int64_t kept_ = 0;
 };
 
-// Uninitialised channels-last images [N, C, H, W]; from the pool where they are large.
-inline at::Tensor new_images(at::IntArrayRef shape, const at::TensorOptions& options) {
+// Uninitialised, of this shape and these strides, without gaps; from the pool where it is large.
+inline at::Tensor new_tensor(at::IntArrayRef shape, at::IntArrayRef strides, const at::TensorOptions& options) {
   constexpr int64_t kLarge = int64_t{1} << 20;  // below, malloc keeps and reuses memory itself
-  const int64_t size = shape[0] * shape[1] * shape[2] * shape[3];
-  const int64_t bytes = size * static_cast<int64_t>(options.dtype().itemsize());
-  if (bytes < kLarge) return at::empty(shape, options.memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(options.dtype().itemsize());
+  if (bytes < kLarge) return at::empty_strided(shape, strides, options);
   const int64_t rounded = (bytes + Pool::kAlignment - 1) / Pool::kAlignment * Pool::kAlignment;
-  const int64_t strides[] = {shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1]};
   return at::from_blob(Pool::get().take(rounded), shape, strides,
                        [rounded](void* data) { Pool::get().give(data, rounded); }, options);
+}
+
+// Uninitialised channels-last images [N, C, H, W].
+inline at::Tensor new_images(at::IntArrayRef shape, const at::TensorOptions& options) {
+  const int64_t strides[] = {shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1]};
+  return new_tensor(shape, strides, options);
 }
 
 }  // namespace mtl

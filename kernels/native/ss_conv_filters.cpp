@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "pool.h"
 #include "tiles.h"
 
 namespace mtl {
@@ -31,7 +32,10 @@ std::tuple<at::Tensor, at::Tensor> pack_filters(const at::Tensor& weight) {
   // Padding is written where there is any: most weights have none.
   const auto allocate = [&](int64_t K, int64_t N) {
     const int64_t shape[] = {ceil_div(N, kPackedColumns), K, taps, kPackedColumns};
-    return N % kPackedColumns ? at::zeros(shape, w.options()) : at::empty(shape, w.options());
+    const int64_t strides[] = {K * taps * kPackedColumns, taps * kPackedColumns, kPackedColumns, 1};
+    // On large pages: read once a call, they would cost a page walk every few rows on small ones.
+    const at::Tensor packed = new_tensor(shape, strides, w.options());
+    return N % kPackedColumns ? packed.zero_() : packed;
   };
   at::Tensor forward = allocate(n_in, n_out), rotated = allocate(n_out, n_in);
   const float* from = w.const_data_ptr<float>();

@@ -170,6 +170,13 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
     }
   }
   for (int64_t k = 0; k < f.K; ++k) {
+    // Ahead of the loads: the processor's own prefetcher does not keep up with so little work a row.
+    constexpr int64_t kAhead = 4;
+    for (int64_t column = 0; column < kPanel; column += 16) {
+      for (int t = 0; t < R * R; ++t) {
+        __builtin_prefetch(f.taps + packed_offset(n0 + column, k + kAhead, f.K, R * R) + t * kPackedColumns);
+      }
+    }
     for (int half = 0; half < kPanel; half += kLanes) {
       const float* w = f.taps + packed_offset(n0 + half, k, f.K, R * R);
       float* out = u + k * kPanel + half;
