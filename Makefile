@@ -19,7 +19,7 @@ help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
 	@echo "make test      all tests"
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
-	@echo "make bench     every operation, a meta-training and a pre-training step beside plain PyTorch"
+	@echo "make bench     microbenchmarks of each operation (python -m bench: beside the best of plain PyTorch)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
 	@echo "make lint | types | native | env | clean"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS= TEST_FLAGS=$(TEST_FLAGS) DEMO_FLAGS="

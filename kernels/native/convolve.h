@@ -5,7 +5,6 @@
 
 namespace mtl {
 
-
 struct FilterPointsTag {};
 struct ProductsTag {};
 

@@ -149,8 +149,9 @@ __attribute__((noinline)) void finish_part(const Epilogue& e, const Geometry& g,
 
 // One tile's values y [M, M] of the channels o..o+lanes, to `out` (and `codes` unless null).
 template <int M>
-inline __attribute__((always_inline)) void finish_tile(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes,
-                        Vec (&y)[M][M], float* out, uint8_t* codes) {
+inline __attribute__((always_inline)) void finish_tile(
+    const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes, Vec (&y)[M][M], float* out,
+    uint8_t* codes) {
   const int rows = static_cast<int>(std::min<int64_t>(M, g.out_h() - at.top));
   const int columns = static_cast<int>(std::min<int64_t>(M, g.out_w() - at.left));
   if (rows == M && columns == M && lanes == kLanes) {

@@ -109,9 +109,8 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
                                    taps.const_data_ptr<float>(), columns, whole,
                                    products.mutable_data_ptr<float>());
     });
-    if (wanted == Wanted::kFilterScale) products = products.sum(0).narrow(0, 0, g.n_out);
-    if (ratio) products = wanted == Wanted::kFilterScale ? products * *ratio : scale_columns(products, ratios, g.n_out);
-    weights = products;
+    if (ratio) products = scale_columns(products, ratios, g.n_out);
+    weights = wanted == Wanted::kFilterScale ? products.sum(0).narrow(0, 0, g.n_out) : products;
   }
   at::Tensor x_grad = at::empty({0}, options);
   if (needs_x) {

@@ -98,7 +98,7 @@ void transform_input(const Geometry& g, const TileGrid& grid, const float* x, in
       Vec d[F::kPatch][F::kPatch];
       MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
         MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
-          d[i][j] = n == kLanes ? load(window.pixel[i][j] + c) : load_part(window.pixel[i][j] + c, n);
+          d[i][j] = load_part(window.pixel[i][j] + c, n);
       F::input(d);
       MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
         MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) store(out + (i * F::kPatch + j) * stride + c, d[i][j]);
@@ -120,7 +120,7 @@ void transform_output_gradient(const Geometry& g, const TileGrid& grid, const fl
       Vec d[F::kTile][F::kTile], m[F::kPatch][F::kPatch];
       MTL_UNROLL for (int i = 0; i < F::kTile; ++i)
         MTL_UNROLL for (int j = 0; j < F::kTile; ++j)
-          d[i][j] = n == kLanes ? load(window.pixel[i][j] + c) : load_part(window.pixel[i][j] + c, n);
+          d[i][j] = load_part(window.pixel[i][j] + c, n);
       F::output_gradient(d, m);
       MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
         MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) store(out + (i * F::kPatch + j) * stride + c, m[i][j]);

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue, FrozenFilters
-from ..kernels.reference.effective_weights import effective_weights, stored_scale
+from ..kernels.reference.effective_weights import effective_shift, effective_weights, stored_scale
 from ._epilogue_codes import ACTIVATIONS, unwound
 from ._library import LIBRARY, native_runs
 
@@ -93,7 +93,7 @@ def ss_conv(
         taps, rotated = packed(conv.filters)
         if norm is not None:
             ratio = stored_scale(norm)
-        shift = _folded_shift(conv, ratio)
+        shift = effective_shift(conv, ratio)
     inputs = [x, taps, scale, shift, residual]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     output, _ = torch.ops.mtl_fast.ss_conv(
@@ -133,19 +133,6 @@ def _padding(filters: FrozenFilters) -> int:
         return filters.padding
     top, left = filters.padding
     return top if top == left else -1
-
-
-def _folded_shift(conv: ConvOperands, ratio: Tensor | None) -> Tensor:
-    """t [O] = (b + Φ_S2 − mean)·γ/σ + β, or b + Φ_S2."""
-    bias = conv.filters.bias
-    if conv.shift is not None:
-        bias = conv.shift if bias is None else bias + conv.shift
-    norm = conv.norm
-    if norm is None or ratio is None:
-        return conv.filters.weight.new_zeros(conv.filters.weight.shape[0]) if bias is None else bias
-    assert norm.mean is not None
-    shift = (-norm.mean if bias is None else bias - norm.mean) * ratio
-    return shift if norm.bias is None else shift + norm.bias
 
 
 @torch.library.register_fake("mtl_fast::pack_filters")
