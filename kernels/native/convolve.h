@@ -59,6 +59,7 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
           transform_filters<F>(filters, panel * kPanel, u);
           finish_panel<F>(g, grid, e, first, n_tiles, v, row, stride, u, panel * kPanel, out, codes);
         }
+        end_streams();
       });
     }
     return;
@@ -80,6 +81,7 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
                         codes);
       }
     }
+    end_streams();
   });
 }
 

@@ -22,6 +22,7 @@ struct Epilogue {
   Activation activation = Activation::kNone;
   float slope = 0;
   bool pool = false;
+  bool streams = false;  // the output, see `streams` in vec.h
 };
 
 typedef uint8_t Codes __attribute__((vector_size(kLanes)));
@@ -116,7 +117,7 @@ inline __attribute__((always_inline)) void finish_extent(
     MTL_UNROLL for (int i = 0; i < extent.rows; ++i) {
       MTL_UNROLL for (int j = 0; j < extent.columns; ++j) {
         const int64_t pixel = corner + (i * w + j) * g.n_out;
-        store_part(out + pixel, y[i][j], extent.lanes);
+        put(out + pixel, y[i][j], extent.lanes, e.streams);
         if (codes) store_codes(codes + pixel, positive[i][j] & kPositive, extent.lanes);
       }
     }
@@ -134,7 +135,7 @@ inline __attribute__((always_inline)) void finish_extent(
         code = better ? (positive[i + place / 2][j + place % 2] & kPositive) | place : code;
       }
       const int64_t pixel = corner + (i / 2 * (w / 2) + j / 2) * g.n_out;
-      store_part(out + pixel, best, extent.lanes);
+      put(out + pixel, best, extent.lanes, e.streams);
       if (codes) store_codes(codes + pixel, code, extent.lanes);
     }
   }

@@ -34,7 +34,7 @@ inline bool few_tiles_of_large_filters(const Geometry& g, int tile) {
 
 inline Plan forward_plan(const Geometry& g) {
   const int tile = best_tile(g);
-  if (few_tiles_of_large_filters(g, tile)) return {tile, 96, true};
+  if (few_tiles_of_large_filters(g, tile)) return {tile, 192, true};
   return {tile, g.n_in * g.n_out > 256 * 256 ? 48 : 24, false};
 }
 
@@ -42,7 +42,8 @@ inline Plan forward_plan(const Geometry& g) {
 inline Plan gradient_plan(const Geometry& g, bool whole) {
   const int tile = best_tile(g);
   const bool slices_fit = g.n_in * g.n_out * (whole ? g.taps * g.taps : 1) <= 512 * 512;
-  return {tile, 48, few_tiles_of_large_filters(g, tile) || !slices_fit};
+  const bool shared = few_tiles_of_large_filters(g, tile) || !slices_fit;
+  return {tile, 48, shared};
 }
 
 }  // namespace mtl

@@ -48,16 +48,18 @@ inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0
     for (int v = 0; v < VECTORS; ++v) store(f.c + (r0 + r) * f.ldc + v * kLanes, sums[r][v]);
 }
 
-// The same for rows <= kRows: a whole tile at once, less in eights, fours and ones, so that few kernels exist.
+// The same for rows <= kRows: a whole tile at once, less in a few parts, so that few kernels exist.
 template <Left LEFT, int VECTORS>
 inline void product_columns(const Factors& f, int rows) {
   if (rows == kRows) return product_rows<LEFT, kRows, VECTORS>(f, 0);
   int r = 0;
   if constexpr (kRows > 8) {
     if (rows >= 8) product_rows<LEFT, 8, VECTORS>(f, 0), r = 8;
+    if (rows - r >= 6) product_rows<LEFT, 6, VECTORS>(f, r), r += 6;
   }
-  for (; r + 4 <= rows; r += 4) product_rows<LEFT, 4, VECTORS>(f, r);
-  for (; r < rows; ++r) product_rows<LEFT, 1, VECTORS>(f, r);
+  if (rows - r >= 4) product_rows<LEFT, 4, VECTORS>(f, r), r += 4;
+  if (rows - r >= 2) product_rows<LEFT, 2, VECTORS>(f, r), r += 2;
+  if (rows > r) product_rows<LEFT, 1, VECTORS>(f, r);
 }
 
 // A panel, or only its first vector where `columns` ends there.

@@ -26,12 +26,14 @@ std::tuple<at::Tensor, at::Tensor> forward(
   if (out.numel() == 0) return {out, codes};
   const Filters filters{taps.const_data_ptr<float>(), g.n_in, g.n_out,
                         scaling(factors, ratios, g, /*transposed=*/false)};
+  float* y = out.mutable_data_ptr<float>();
   const Epilogue epilogue{shifts.data(), residual ? added.const_data_ptr<float>() : nullptr,
-                          static_cast<Activation>(activation), static_cast<float>(slope), pool};
+                          static_cast<Activation>(activation), static_cast<float>(slope), pool,
+                          streams(y, out.nbytes(), g.n_out)};
   const Plan plan = forward_plan(g);
   with_tile(plan, g.taps, [&](auto f) {
     convolve<decltype(f)>(g, plan, filters, epilogue, images.const_data_ptr<float>(),
-                          out.mutable_data_ptr<float>(), save ? codes.mutable_data_ptr<uint8_t>() : nullptr);
+                          y, save ? codes.mutable_data_ptr<uint8_t>() : nullptr);
   });
   return {out, codes};
 }

@@ -86,6 +86,8 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
                                               : at::empty({0}, options);
   if (!plain) unwinding.inner = inner.mutable_data_ptr<float>();
   if (own_residual) unwinding.residual_grad = residual_grad.mutable_data_ptr<float>();
+  unwinding.streamed = !plain && streams(unwinding.inner, inner.nbytes(), g.n_out) &&
+                       (!own_residual || streams(unwinding.residual_grad, residual_grad.nbytes(), g.n_out));
   at::Tensor sums = at::zeros({g.n_out}, options);
   at::Tensor weights = at::empty({0}, options);
   at::Tensor outputs = at::zeros({by_output ? 3 : 0, g.n_out}, options);
@@ -118,9 +120,12 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     const Geometry back{g.n, g.out_h(), g.out_w(), g.n_out, g.n_in, g.taps - 1 - g.padding, g.taps};
     const Filters filters{rotated.const_data_ptr<float>(), g.n_out, g.n_in,
                           scaling(factors, ratios, g, /*transposed=*/true)};
+    float* dx = x_grad.mutable_data_ptr<float>();
+    Epilogue none;
+    none.streams = streams(dx, x_grad.nbytes(), g.n_in);
     const Plan plan = forward_plan(back);
     with_tile(plan, g.taps, [&](auto f) {
-      convolve<decltype(f)>(back, plan, filters, Epilogue{}, g_inner, x_grad.mutable_data_ptr<float>(), nullptr);
+      convolve<decltype(f)>(back, plan, filters, none, g_inner, dx, nullptr);
     });
   }
   return {x_grad, weights, sums, residual_grad};

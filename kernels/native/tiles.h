@@ -58,17 +58,23 @@ inline int64_t points_row(int64_t channels) { return ceil_div(channels, kLanes) 
 // From one point to the next of filters and products: not a power of two either, for the same reason.
 inline int64_t panel_stride(int64_t rows) { return rows * kPanel + 16; }
 
+// Dense images [N, H, W, channels].
+struct Images {
+  const float* data;
+  int64_t h, w, channels;
+};
+
 // A window of SIDE×SIDE pixels as pointers; pixels outside the image point to zeros.
 template <int SIDE>
 struct Window {
   const float* pixel[SIDE][SIDE];
-  Window(const float* images, const float* zeros, int64_t image, int64_t top, int64_t left, int64_t h, int64_t w,
-         int64_t channels) {
+  Window(const Images& images, const float* zeros, int64_t image, int64_t top, int64_t left) {
     for (int i = 0; i < SIDE; ++i) {
       for (int j = 0; j < SIDE; ++j) {
         const int64_t y = top + i, x = left + j;
-        const bool inside = y >= 0 && y < h && x >= 0 && x < w;
-        pixel[i][j] = inside ? images + ((image * h + y) * w + x) * channels : zeros;
+        const bool inside = y >= 0 && y < images.h && x >= 0 && x < images.w;
+        pixel[i][j] =
+            inside ? images.data + ((image * images.h + y) * images.w + x) * images.channels : zeros;
       }
     }
   }
@@ -84,48 +90,62 @@ inline const float* zeros(int64_t channels) {
   return z;
 }
 
+// fn(window, out) for every vector of channels of the tiles [begin, end): the windows of SIDE×SIDE pixels around each
+// tile with `margin` pixels before it, and where its points go: tile `begin` at `points`, rows of `row`.
+template <int SIDE, int TILE, class Fn>
+inline __attribute__((always_inline)) void each_window(
+    const TileGrid& grid, const Images& images, int64_t margin, int64_t begin, int64_t end, float* points, int64_t row,
+    const Fn& fn) {
+  const float* zero = zeros(images.channels);
+  const auto window_of = [&](int64_t t) {
+    const auto at = grid.place(t);
+    return Window<SIDE>(images, zero, at.image, at.top - margin, at.left - margin);
+  };
+  Window<SIDE> next = window_of(begin);
+  for (int64_t t = begin; t < end; ++t) {
+    const Window<SIDE> window = next;
+    next = window_of(std::min(t + 1, grid.count - 1));
+    for (int64_t c = 0; c < images.channels; c += kLanes) {
+      // A tile ahead, what is new in it: the processor's own prefetcher loses its way between the rows of tiles.
+      MTL_UNROLL for (int i = 0; i < SIDE; ++i)
+        MTL_UNROLL for (int j = SIDE - TILE; j < SIDE; ++j) __builtin_prefetch(next.pixel[i][j] + c);
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, images.channels - c));
+      Vec pixels[SIDE][SIDE];
+      MTL_UNROLL for (int i = 0; i < SIDE; ++i)
+        MTL_UNROLL for (int j = 0; j < SIDE; ++j) pixels[i][j] = load_part(window.pixel[i][j] + c, lanes);
+      fn(pixels, points + (t - begin) * row + c);
+    }
+  }
+}
+
+// The points of one vector of channels, `stride` apart.
+template <int PATCH>
+inline __attribute__((always_inline)) void store_points(const Vec (&points)[PATCH][PATCH], int64_t stride, float* out) {
+  MTL_UNROLL for (int i = 0; i < PATCH; ++i)
+    MTL_UNROLL for (int j = 0; j < PATCH; ++j) store(out + (i * PATCH + j) * stride, points[i][j]);
+}
+
 // Bᵀ x B of tiles [begin, end) -> points [P, stride / row, row], tile `begin` at `points`.
 template <class F>
 void transform_input(const Geometry& g, const TileGrid& grid, const float* x, int64_t begin, int64_t end,
                      float* points, int64_t row, int64_t stride) {
-  const float* zero = zeros(g.n_in);
-  for (int64_t t = begin; t < end; ++t) {
-    const auto at = grid.place(t);
-    const Window<F::kPatch> window(x, zero, at.image, at.top - g.padding, at.left - g.padding, g.h, g.w, g.n_in);
-    float* out = points + (t - begin) * row;
-    for (int64_t c = 0; c < g.n_in; c += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, g.n_in - c));
-      Vec d[F::kPatch][F::kPatch];
-      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
-        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
-          d[i][j] = load_part(window.pixel[i][j] + c, n);
-      F::input(d);
-      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
-        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) store(out + (i * F::kPatch + j) * stride + c, d[i][j]);
-    }
-  }
+  each_window<F::kPatch, F::kTile>(grid, Images{x, g.h, g.w, g.n_in}, g.padding, begin, end, points, row,
+                                   [&](Vec (&d)[F::kPatch][F::kPatch], float* out) {
+                                     F::input(d);
+                                     store_points(d, stride, out);
+                                   });
 }
 
 // A dy Aᵀ of tiles [begin, end) of dy [N, H', W', O] -> points, as `transform_input`.
 template <class F>
 void transform_output_gradient(const Geometry& g, const TileGrid& grid, const float* dy, int64_t begin,
                                int64_t end, float* points, int64_t row, int64_t stride) {
-  const float* zero = zeros(g.n_out);
-  for (int64_t t = begin; t < end; ++t) {
-    const auto at = grid.place(t);
-    const Window<F::kTile> window(dy, zero, at.image, at.top, at.left, g.out_h(), g.out_w(), g.n_out);
-    float* out = points + (t - begin) * row;
-    for (int64_t c = 0; c < g.n_out; c += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, g.n_out - c));
-      Vec d[F::kTile][F::kTile], m[F::kPatch][F::kPatch];
-      MTL_UNROLL for (int i = 0; i < F::kTile; ++i)
-        MTL_UNROLL for (int j = 0; j < F::kTile; ++j)
-          d[i][j] = load_part(window.pixel[i][j] + c, n);
-      F::output_gradient(d, m);
-      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
-        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) store(out + (i * F::kPatch + j) * stride + c, m[i][j]);
-    }
-  }
+  each_window<F::kTile, F::kTile>(grid, Images{dy, g.out_h(), g.out_w(), g.n_out}, 0, begin, end, points, row,
+                                  [&](const Vec (&d)[F::kTile][F::kTile], float* out) {
+                                    Vec m[F::kPatch][F::kPatch];
+                                    F::output_gradient(d, m);
+                                    store_points(m, stride, out);
+                                  });
 }
 
 // Φ_S1 and γ/σ as factors of the taps [k, n], k the summed channels and n the produced ones.

@@ -75,6 +75,7 @@ struct Unwinding {
   const float* shift = nullptr;     // [O], likewise
   float* inner = nullptr;           // G [N, H', W', O]; null where it is `grad` itself
   float* residual_grad = nullptr;   // [N, H', W', O]; null where it is G or `grad`
+  bool streamed = false;            // both, see `streams` in vec.h
 
   // sums [O] = Σ G. Unless null, by_output [3, O]: Σ G·(z − shift), and how far that can be trusted: the sums of its
   // terms' sizes, and of the sizes that were subtracted to get them.
@@ -89,6 +90,7 @@ struct Unwinding {
         float* own = partial + image * rows * row;
         image_rows(image, own, by_output ? own + row : nullptr, row);
       }
+      end_streams();
     });
     for (int64_t image = 0; image < g.n; ++image) {
       const float* own = partial + image * rows * row;
@@ -131,14 +133,14 @@ struct Unwinding {
     }
     if (inner == nullptr) return;
     if (!pool) {
-      store_part(inner + at, d, lanes);
+      put(inner + at, d, lanes, streamed);
       return;
     }
     for (int place = 0; place < 4; ++place) {
       const int64_t to = corner + (place / 2 * g.out_w() + place % 2) * g.n_out;
       const VecInt here = (code & 3) == place;
-      store_part(inner + to, select(here, d, Vec{}), lanes);
-      if (residual_grad) store_part(residual_grad + to, select(here, upper, Vec{}), lanes);
+      put(inner + to, select(here, d, Vec{}), lanes, streamed);
+      if (residual_grad) put(residual_grad + to, select(here, upper, Vec{}), lanes, streamed);
     }
   }
 

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace mtl {
 
@@ -44,6 +47,32 @@ inline Vec load_part(const float* p, int n) {
 inline void store_part(float* p, Vec v, int n) {
   if (n == kLanes) return store(p, v);
   __builtin_memcpy(p, &v, n * sizeof(float));
+}
+
+// Past the caches, whole lines at a time: a store into a line that no cache holds would read it first. `p` is aligned
+// to vectors. A thread that streamed calls `end_streams` before it tells others.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+inline void stream(float* p, Vec v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+inline void end_streams() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;  // a vector is less than a line
+inline void stream(float* p, Vec v) { store(p, v); }
+inline void end_streams() {}
+#endif
+
+// Whether a result of this many bytes should be streamed: it is larger than what a core's own cache keeps for the next
+// reader, and its vectors are whole and aligned.
+inline bool streams(const float* data, int64_t bytes, int64_t channels) {
+  constexpr int64_t kLeast = int64_t{1} << 20;
+  return kStreams && bytes >= kLeast && channels % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(data) % sizeof(Vec) == 0;
+}
+
+// `lanes` of a vector, streamed where that was decided (then they are all).
+inline void put(float* p, Vec v, int lanes, bool streamed) {
+  if (kStreams && streamed) return stream(p, v);
+  store_part(p, v, lanes);
 }
 
 inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }

@@ -90,8 +90,9 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   };
   if (plan.shared) {
     // Many products a tile: threads share the tiles, each has its own blocks of the gradient.
-    for (int64_t first = 0; first < grid.count; first += plan.tiles) {
-      const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
+    const int64_t n_parts = ceil_div(grid.count, plan.tiles), part = ceil_div(grid.count, n_parts);
+    for (int64_t first = 0; first < grid.count; first += part) {
+      const GradientPoints p = points(std::min(part, grid.count - first));
       at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) { transform(p, first, begin, end); });
       at::parallel_for(0, n_panels * n_blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
