@@ -236,12 +236,16 @@ def _build_one(
     # The file system's own clock ticks too slowly to order two quick builds.
     now = time.time_ns()
     os.utime(path, ns=(now, now))
-    ours = sorted(
-        folder.glob(f"{_variant_prefix(variant, sanitize)}*.so"), key=lambda p: p.stat().st_mtime_ns
-    )
-    for old in ours[:-LIBRARIES_KEPT]:
+    for old in _oldest(folder, f"{_variant_prefix(variant, sanitize)}*.so"):
         old.unlink()
+    for old in _oldest(objects, f"{_objects_prefix(variant, sanitize)}*"):
+        shutil.rmtree(old)
     return path
+
+
+def _oldest(folder: Path, pattern: str) -> list[Path]:
+    """All but those built last."""
+    return sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)[:-LIBRARIES_KEPT]
 
 
 def _compile(tools: Tools, variant: Variant, objects: Path, sanitize: bool, verbose: bool) -> Path:
@@ -274,9 +278,15 @@ def _compile(tools: Tools, variant: Variant, objects: Path, sanitize: bool, verb
     ]
     # Ninja compares commands and times, not what a compiler calls itself or which torch lies at a path.
     identity = _short_hash(torch.__version__, str(SOURCE_FOLDER), tools.key(), *_flags(variant, sanitize))
-    workplace = objects / f"objects-{variant.name}-{identity}"
+    workplace = objects / f"{_objects_prefix(variant, sanitize)}{identity}"
     workplace.mkdir(exist_ok=True)
+    os.utime(workplace)  # in use: not among those built longest ago
     (workplace / "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
+    print(
+        f"compiling the native CPU kernels ({variant.name}): up to a minute, once",
+        file=sys.stderr,
+        flush=True,
+    )
     command = [tools.ninja, "-C", str(workplace), *(["-v"] if verbose else [])]
     result = subprocess.run(command, capture_output=not verbose, text=True)
     if result.returncode:
@@ -304,6 +314,10 @@ def _flags(variant: Variant, sanitize: bool) -> tuple[str, ...]:
 
 def _variant_prefix(variant: Variant, sanitize: bool) -> str:
     return f"libmtl_fast_{variant.name}{'_sanitized' if sanitize else ''}-"
+
+
+def _objects_prefix(variant: Variant, sanitize: bool) -> str:
+    return f"objects-{variant.name}{'_sanitized' if sanitize else ''}-"
 
 
 def _short_hash(*parts: str) -> str:

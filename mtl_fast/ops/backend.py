@@ -3,6 +3,7 @@
 A backend registers an operation with a predicate ``facts -> (can, why)``. `auto` asks the registered
 backends in order of speed; a backend asked for by name that cannot run raises with its reason. The
 keyword ``backend=`` wins over the environment variable ``MTL_FAST_BACKEND``, which wins over ``auto``.
+The variable names a backend for all operations: those that do not have it at all run on `torch`.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
     candidates = _REGISTRY[op]
     if requested != "auto":
         if requested not in candidates:
+            if source != "backend=" and any(requested in backends for backends in _REGISTRY.values()):
+                # The variable is meant for all operations, and a backend need not have each of them.
+                return Choice("torch", f"{op} has no {requested} backend, which {source}{requested} asks for")
             raise ValueError(f"{op}: {source}{requested!r} is unknown; it has: auto, {', '.join(candidates)}")
         can, reason = candidates[requested](**facts)
         if not can:

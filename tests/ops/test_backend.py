@@ -72,6 +72,17 @@ def test_unknown_names_are_errors_that_list_the_known(monkeypatch: pytest.Monkey
         choose("images")
 
 
+def test_the_environment_names_a_backend_for_the_operations_that_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register("ss_conv", "fast", small_only)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
+    assert choose("ss_conv", size=5).backend == "fast"
+    assert why("images") == f"torch: images has no fast backend, which {ENVIRONMENT_VARIABLE}=fast asks for"
+    with pytest.raises(ValueError, match="images: backend='fast' is unknown"):
+        choose("images", "fast")
+
+
 def test_no_backend_at_all_says_why_each_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_REGISTRY", {"images": {"only": small_only}})
     with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import struct
@@ -152,6 +153,19 @@ def test_another_compiler_is_another_library_and_the_last_one_built_is_found(
         paths += not_compiled.build(tmp_path, [variant])
         assert not_compiled.find(tmp_path, variant) == paths[-1]
     assert paths[0] == paths[2] != paths[1]
+
+
+@needs_compiler
+def test_old_object_files_are_swept_away(not_compiled: ModuleType, tmp_path: Path) -> None:
+    (variant,) = not_compiled.runnable_variants()[:1]
+    for age in range(not_compiled.LIBRARIES_KEPT + 3):
+        folder = tmp_path / f"objects-{variant.name}-{age}"
+        folder.mkdir()
+        os.utime(folder, ns=(age, age))
+    not_compiled.build(tmp_path, [variant])
+    kept = [path.name for path in tmp_path.glob("objects-*")]
+    assert len(kept) == not_compiled.LIBRARIES_KEPT
+    assert f"objects-{variant.name}-0" not in kept
 
 
 @needs_compiler
