@@ -109,7 +109,7 @@ def results(
         device: as in `Config`.
     """
     output, publish = Path(output), Path(publish)
-    config = replace(preset("glyphs-full"), device=device)
+    config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
         tell_of_missing_kernels()  # here, for the workers are silent
     with _pool(workers or os.cpu_count() or 1) as pool:
