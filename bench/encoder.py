@@ -30,7 +30,7 @@ def rows(quick: bool) -> Sequence[Measurable]:
     batch = 8 if quick else 80
     return [
         Row(
-            f"encoder forward, ResNet-12 @ {pixels}, batch {batch}",
+            f"encoder, forward, ResNet-12 @ {pixels}, batch {batch}",
             lambda pixels=pixels: _case(pixels, batch, quick),
         )
         for pixels in ((32,) if quick else (84, 32))
@@ -61,7 +61,7 @@ def _case(pixels: int, batch: int, quick: bool) -> Case:
         against=(Against(PEERS, Target(2, 3)),),
         expected={"features": Expected(features, convolution_bound(9 * widths[-1], N_CONVS_DEEP))},
         flops=batch * direct_flops(widths, pixels),
-        note=native_backend()[1],
+        why_not_native=native_backend()[1],
     )
 
 

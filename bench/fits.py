@@ -13,9 +13,9 @@ from mtl_fast.ops import base_learner, why
 from .accuracy import EPS, Expected
 from .harness import Against, Case, Contender, Measurable, Row, Target
 from .ops.bench_base_learner import INNER_LR, N_FEATURES, problem
-from .peers.base_learner import batched_primal, one_task_at_a_time
+from .peers.base_learner import batched_primal, one_task_at_a_time, vmapped
 
-ONE_BY_ONE, BATCHED = "one task at a time", "batched primal"
+ONE_BY_ONE, VMAPPED, BATCHED = "one task at a time", "vmap over tasks", "batched primal"
 Fit = Callable[..., Tensor]
 
 
@@ -25,13 +25,13 @@ def rows(quick: bool) -> Sequence[Measurable]:
     for n_shot in (1, 5):
         found += [
             Row(
-                f"fit and predict, {n_shot}-shot, first order, {first} steps",
+                f"fit and predict, first order, {n_shot}-shot, {first} steps",
                 lambda n_shot=n_shot: _case(
                     _logits, n_shot, first, "first", Target(200, 600), Target(10, 30)
                 ),
             ),
             Row(
-                f"fit and predict with gradients, {n_shot}-shot, second order, {second} steps",
+                f"fit and predict, second order with gradients, {n_shot}-shot, {second} steps",
                 lambda n_shot=n_shot: _case(_gradients, n_shot, second, "second", None, Target(10, 30)),
             ),
         ]
@@ -56,11 +56,16 @@ def _case(
         ours=Contender("ours", lambda: way(_ours, tensors, options)),
         peers=(
             Contender(ONE_BY_ONE, lambda: way(one_task_at_a_time, tensors, options)),
+            Contender(VMAPPED, lambda: way(vmapped, tensors, options)),
             Contender(BATCHED, lambda: way(batched_primal, tensors, options)),
         ),
-        against=(Against((ONE_BY_ONE,), against_one_by_one), Against((BATCHED,), against_batched)),
+        against=(
+            Against((ONE_BY_ONE,), against_one_by_one),
+            Against((VMAPPED,)),
+            Against((BATCHED,), against_batched),
+        ),
         expected={name: Expected(value.detach(), bound) for name, value in exact.items()},
-        note=_why_not_native(tensors, options),
+        why_not_native=_why_not_native(tensors, options),
     )
 
 

@@ -83,7 +83,7 @@ class Case:
         against: the comparisons, a line each.
         expected: outputs that each contender must return, by name.
         flops: arithmetic of the direct algorithm in one call; 0 leaves the share of the peak out.
-        note: what the reader must know of this row, such as why no native backend ran.
+        why_not_native: the reason where ours ran on torch.
     """
 
     ours: Contender
@@ -91,7 +91,7 @@ class Case:
     against: tuple[Against, ...]
     expected: Mapping[str, Expected]
     flops: float = 0
-    note: str = ""
+    why_not_native: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ class Line:
     """One line of the table.
 
     Attributes:
-        row: its name.
-        ours, peer: "name 12.3 ms" of each side.
+        row: its name, "operation, mode, shape".
+        against: the fastest peer, by name.
+        peers: of those names.
+        implementation: the backend that ran as ours.
+        ours, peer: "12.3 ms" of each side.
         values: what the spread is of, a value a round: peer's time over ours, unless `unit` says otherwise.
         best: the same of the two best times.
         share: of the measured peak, in direct arithmetic.
@@ -123,6 +126,9 @@ class Line:
     """
 
     row: str
+    against: str = ""
+    peers: tuple[str, ...] = ()
+    implementation: str = "native"
     ours: str = ""
     peer: str = ""
     values: tuple[float, ...] = ()
@@ -161,7 +167,7 @@ class Row:
         case = self.build()
         wrong = refusal(case)
         if wrong:
-            return [Line(self.name, refused=wrong, note=case.note, family=self.family)]
+            return [Line(self.name, refused=wrong, note=case.why_not_native, family=self.family)]
         times, peak = interleaved([case.ours, *case.peers], settings)
         return [self._line(case, against, times, peak) for against in case.against]
 
@@ -170,13 +176,16 @@ class Row:
         ours, peer = times[case.ours.name], times[fastest]
         return Line(
             row=self.name,
+            against=fastest,
+            peers=against.peers,
+            implementation="torch" if case.why_not_native else "native",
             ours=duration(median(ours)),
-            peer=f"{fastest} {duration(median(peer))}",
+            peer=duration(median(peer)),
             values=ratios(ours, peer),
             best=min(peer) / min(ours),
             share=case.flops / min(ours) / peak if case.flops else None,
             target=against.target,
-            note=case.note,
+            note=case.why_not_native,
             family=self.family,
             details={"seconds": dict(times), "direct_flops": case.flops, "peak_flops_per_second": peak},
         )
@@ -239,6 +248,8 @@ def geometric_mean(family: Family, lines: Sequence[Line]) -> Line:
     whole = len(lines) == family.n_rows
     return Line(
         name,
+        against="the fastest peer of each",
+        peers=tuple(dict.fromkeys(peer for line in lines for peer in line.peers)),
         values=values,
         best=math.prod(line.best or 0 for line in lines) ** (1 / len(lines)),
         # A part of the rows has no target.

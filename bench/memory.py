@@ -92,8 +92,10 @@ class MemoryRow:
                 continue
             yield Line(
                 self.name,
+                against=name,
+                peers=(name,),
                 ours=megabytes(median(ours)),
-                peer=f"{name} {megabytes(median(peer))}",
+                peer=megabytes(median(peer)),
                 values=ratios(ours, peer),
                 best=min(peer) / min(ours),
                 details={"bytes": {OURS: ours, name: peer}},
@@ -115,8 +117,10 @@ class MemoryGrowthRow:
         return [
             Line(
                 self.name,
+                against="2 tasks",
+                peers=("2 tasks",),
                 ours=megabytes(median(many)),
-                peer=f"2 tasks {megabytes(median(few))}",
+                peer=megabytes(median(few)),
                 values=tuple(m / f - 1 for f, m in zip(few, many, strict=True)),
                 best=min(many) / min(few) - 1,
                 target=self.target,

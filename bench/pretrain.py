@@ -29,7 +29,7 @@ PEERS = ("NCHW", "channels-last", "channels-last, compiled")
 
 
 def rows(quick: bool) -> Sequence[Measurable]:
-    return [Row(f"pre-training step, ResNet-12 @ {PIXELS}, batch {_batch(quick)}", lambda: _case(quick))]
+    return [Row(f"pre-training step, SGD, ResNet-12 @ {PIXELS}, batch {_batch(quick)}", lambda: _case(quick))]
 
 
 def _batch(quick: bool) -> int:
@@ -61,7 +61,7 @@ def _case(quick: bool) -> Case:
         against=(Against(PEERS, Target(1.3, 2)),),
         expected=expected | {"loss": Expected(exact["loss"], bound)},
         flops=3 * len(x) * direct_flops(widths, PIXELS),
-        note=native_backend()[1],
+        why_not_native=native_backend()[1],
     )
 
 

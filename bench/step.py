@@ -102,9 +102,14 @@ def tasks_of(episodes: Episodes) -> Tasks:
 
 def rows(quick: bool) -> Sequence[Measurable]:
     return [
-        Row(f"meta-training step, ResNet-12 @ {PIXELS}, 2 tasks, first order", lambda: _case(quick)),
-        MemoryRow("peak memory of a meta-training step, 2 tasks", (PLAIN,) if quick else (PLAIN, *BATCHED)),
-        MemoryGrowthRow("peak memory of a meta-training step, 64 tasks", Target(0.05, 0.01, at_most=True)),
+        Row(f"meta-training step, first order, ResNet-12 @ {PIXELS}, 2 tasks", lambda: _case(quick)),
+        MemoryRow(
+            "peak memory of a meta-training step, first order, 2 tasks",
+            (PLAIN,) if quick else (PLAIN, *BATCHED),
+        ),
+        MemoryGrowthRow(
+            "peak memory of a meta-training step, first order, 64 tasks", Target(0.05, 0.01, at_most=True)
+        ),
     ]
 
 
@@ -123,5 +128,5 @@ def _case(quick: bool) -> Case:
         expected=expected | {"loss": Expected(exact["loss"], bound)},
         # Backward of the queries: the images' gradients and the weights', as much again each.
         flops=direct_flops(problem.widths, PIXELS) * (n_support + 3 * n_query),
-        note=native_backend()[1],
+        why_not_native=native_backend()[1],
     )

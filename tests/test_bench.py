@@ -73,7 +73,7 @@ def test_the_fastest_peer_is_the_one_of_the_smallest_median() -> None:
     )
     times = {"ours": [1.0, 1.0, 1.0], "a": [9.0, 1.0, 9.0], "b": [4.0, 5.0, 3.0], "c": [5.0, 6.0, 4.0]}
     line = row._line(row.build(), Against(("a", "b", "c"), Target(2, 3)), times, peak=5.0)
-    assert (line.values, line.peer[0]) == ((4.0, 5.0, 3.0), "b")
+    assert (line.values, line.against) == ((4.0, 5.0, 3.0), "b")
     assert line.best == 3.0
     assert line.share == 10 / 1.0 / 5.0
 
@@ -202,10 +202,10 @@ def test_behind_kinks_a_single_value_may_differ_but_not_all() -> None:
 def test_every_row_of_the_targets_is_there() -> None:
     convs = conv_rows(quick=False)
     assert [row.family.n_rows for row in convs if row.family] == [8] * 16
-    assert {row.family.name for row in convs if row.family} == {"ss_conv kernel", "ss_conv filter"}
+    assert {row.family.name for row in convs if row.family} == {"ss_conv, kernel", "ss_conv, filter"}
     assert [row.name for row in encoder_rows(quick=False)] == [
-        "encoder forward, ResNet-12 @ 84, batch 80",
-        "encoder forward, ResNet-12 @ 32, batch 80",
+        "encoder, forward, ResNet-12 @ 84, batch 80",
+        "encoder, forward, ResNet-12 @ 32, batch 80",
     ]
     assert len(fit_rows(quick=False)) == 4
     assert [row.name.split(",")[0] for row in [*step_rows(quick=False), *pretrain_rows(quick=False)]] == [
@@ -223,7 +223,9 @@ def test_families_end_with_their_mean(capsys: pytest.CaptureFixture[str], tmp_pa
     assert printed.startswith("quick: not to be quoted")
     assert "must" not in printed
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    assert [line["row"].split(",")[0] for line in lines] == ["ss_conv kernel"] * 3 + ["ss_conv filter"] * 3
+    assert [(line["operation"], line["mode"]) for line in lines] == [("ss_conv", "kernel")] * 3 + [
+        ("ss_conv", "filter")
+    ] * 3
     assert lines[2]["row"].endswith("geometric mean")
     assert all(line["quick"] and "must_holds" not in line and line["threads"] == 1 for line in lines)
     assert {"ours", "NCHW", "channels-last"} == set(lines[0]["details"]["seconds"])
@@ -231,7 +233,7 @@ def test_families_end_with_their_mean(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def test_fits_run() -> None:
     lines = list(lines_of(fit_rows(quick=True), QUICK))
-    assert len(lines) == 8
+    assert len(lines) == 12
     assert all(line.values for line in lines), [line.refused for line in lines]
 
 

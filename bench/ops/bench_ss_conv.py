@@ -44,12 +44,12 @@ def rows(quick: bool) -> Sequence[Row]:
     shapes, batch = (QUICK_ROWS, 4) if quick else (ROWS, 80)
     return [
         Row(
-            f"ss_conv {granularity}, {channels} @ {pixels}, batch {batch}",
+            f"ss_conv, {granularity}, {channels} @ {pixels}, batch {batch}",
             lambda g=granularity, c=channels, p=pixels: conv_case(g, batch, c, p),
             family,
         )
         for granularity in TARGETS
-        for family in [Family(f"ss_conv {granularity}", len(shapes), TARGETS[granularity])]
+        for family in [Family(f"ss_conv, {granularity}", len(shapes), TARGETS[granularity])]
         for channels, pixels in shapes
     ]
 
@@ -86,7 +86,7 @@ def conv_case(granularity: str, batch: int, channels: int, pixels: int, ours: Co
         expected={name: Expected(value, bounds[name]) for name, value in exact.items()},
         # Forward, the images' gradient and the weight's: a multiplication and an addition each.
         flops=3 * 2 * 9 * batch * channels**2 * pixels**2,
-        note=note,
+        why_not_native=note,
     )
 
 

@@ -1,6 +1,7 @@
-"""The inner loop in plain PyTorch: one task at a time through autograd, and batched gradient steps on the weights.
+"""The inner loop in plain PyTorch: one task at a time through autograd, `torch.func.vmap` over tasks, and batched
+gradient steps written out.
 
-Both take support [T, n, D], labels [T, n], query [T, m, D], weight [C, D] and bias [C], and give query logits
+All take support [T, n, D], labels [T, n], query [T, m, D], weight [C, D] and bias [C], and give query logits
 [T, m, C] whose gradients are those of `order`, "first" or "second".
 """
 
@@ -32,6 +33,33 @@ def one_task_at_a_time(
             w, b = w - inner_lr * gw, b - inner_lr * gb
         logits.append(q @ w.T + b)
     return torch.stack(logits)
+
+
+def vmapped(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    inner_lr: float,
+    n_steps: int,
+    order: str,
+) -> Tensor:
+    def one_task(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
+        def loss(w: Tensor, b: Tensor) -> Tensor:
+            return cross_entropy(x @ w.T + b, y)
+
+        w, b = weight, bias
+        for _ in range(n_steps):
+            # First order: steps are constants, so what is differentiated at is as well.
+            at = (w.detach(), b.detach()) if order == "first" else (w, b)
+            gw, gb = torch.func.grad(loss, argnums=(0, 1))(*at)
+            w, b = w - inner_lr * gw, b - inner_lr * gb
+        return q @ w.T + b
+
+    x = support.detach() if order == "first" else support
+    return torch.func.vmap(one_task)(x, labels, query)
 
 
 def batched_primal(

@@ -1,0 +1,94 @@
+"""`python -m bench page FILE`: the README's table of speeds and its picture, from a file of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_fast.training.figures import INK, PALE, RIGHT, WIDTH, WRONG, blank_figure, write_picture
+
+from .harness import Target
+from .records import Record, latest, read, spread_of, words_of
+from .report import value_in_unit, verdict
+
+
+def page(file: Path, folder: Path) -> None:
+    """Writes speed.md and speed.png into `folder`.
+
+    Raises:
+        ValueError: the file has no finished row, or only quick ones, which are not to be quoted.
+    """
+    found = [r for r in latest(read(file)).values() if not r["quick"] and not r["refused"]]
+    if not found:
+        raise ValueError(f"{file}: no finished row that may be quoted; `python -m bench all` makes them")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "speed.md").write_text(markdown(found), "utf-8")
+    bars(folder / "speed.png", [r for r in found if _is_ratio(r)])
+
+
+def markdown(found: Sequence[Record]) -> str:
+    """The rows that have a target, as a table, and what they were measured with."""
+    lines = ["| what | against | ratio (p20–p80) | must | aim |", "|---|---|---|---|---|"]
+    for r in found:
+        spread = spread_of(r)
+        if r["target"] is None or spread is None:
+            continue
+        target, unit = Target(**r["target"]), r["unit"]
+        low, high = (value_in_unit(v, unit) for v in (spread.low, spread.high))
+        must, aim = verdict(target, spread.middle, unit).split(", ")
+        lines.append(
+            f"| {r['row']} | {r['against']} | **{value_in_unit(spread.middle, unit)}** ({low}–{high}) | "
+            f"{must.removeprefix('must ')} | {aim.removeprefix('aim ')} |"
+        )
+    return "\n".join([*lines, "", *_measured_with(found)]) + "\n"
+
+
+def _measured_with(found: Sequence[Record]) -> list[str]:
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(r[name]) for r in found))
+
+    versions = found[-1]["versions"]
+    commits = ", ".join(dict.fromkeys(str(r["commit"])[:12] for r in found))
+    return [
+        f"Made by `python -m bench all` on {all_of('device')}, {all_of('threads')} threads,",
+        f"torch {versions['torch']}, mtl_fast {versions['mtl_fast']}, commit {commits}, {all_of('date')}:",
+        f"both sides in one process, interleaved, {all_of('rounds')} rounds; median of the rounds' ratios.",
+    ]
+
+
+def _is_ratio(found: Record) -> bool:
+    return found["target"] is not None and found["unit"] == "×"
+
+
+def bars(path: Path, found: Sequence[Record]) -> None:
+    """How many times faster, on a logarithmic axis, with the spread and marks at the must (|) and the aim (¦).
+
+    A bar is blue where the must holds and vermilion where it is missed.
+    """
+    names = [f"{_short(r['row'])}\nagainst {r['against']}" for r in found]
+    with blank_figure(WIDTH, 140 + 78 * len(found), "constrained") as figure:
+        axes = figure.add_subplot()
+        for y, r in enumerate(found):
+            spread, target = spread_of(r), Target(**r["target"])
+            assert spread is not None
+            holds = target.holds(spread.middle)[0]
+            axes.barh(y, spread.middle, height=0.55, color=RIGHT if holds else WRONG)
+            axes.plot([spread.low, spread.high], [y, y], color=INK, linewidth=1.4)
+            for bound, style in ((target.must, "-"), (target.aim, ":")):
+                axes.plot([bound, bound], [y - 0.42, y + 0.42], color=INK, linewidth=1.6, linestyle=style)
+            axes.annotate(
+                f"{spread.middle:.3g}×", (spread.middle, y), (6, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(found)), names)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlim(0.8, 2.2 * max(spread_of(r).middle for r in found))  # type: ignore[union-attr]
+        axes.grid(axis="x", color=PALE)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("times faster; solid mark: the least we ask for, dotted: what we aim at")
+        write_picture(figure, path)
+
+
+def _short(row: str) -> str:
+    operation, mode, shape = words_of(row)
+    return f"{operation}, {mode}: {shape}"

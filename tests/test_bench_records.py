@@ -1,0 +1,151 @@
+"""Files of results: what identifies a line, going on where a run stopped, comparing two files, the README's table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import records
+from bench.__main__ import main
+from bench.compare import compare
+from bench.harness import Family, Line, Settings, Target
+from bench.page import markdown, page
+from bench.parts import ALL, PARTS, rows_of
+from bench.records import append, key, latest, line_of, measured, read, record, words_of
+
+SETTINGS = Settings(rounds=7)
+LINE = Line(
+    "fit and predict, first order, 1-shot, 100 steps",
+    against="plain",
+    peers=("plain", "other"),
+    ours="1 ms",
+    peer="3 ms",
+    values=(3.0, 2.5, 3.5),
+    best=2.8,
+    target=Target(2, 4),
+    family=Family("fits, first order", 1, Target(2, 4)),
+    details={"seconds": {"ours": [0.001, 0.001, 0.001], "plain": [0.003, 0.0025, 0.0035]}},
+)
+
+
+@pytest.fixture(autouse=True)
+def commit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commit that the sources seem to be of; a test may set another."""
+    commits = ["abc"]
+    facts = records.provenance()
+    monkeypatch.setattr(records, "provenance", lambda: facts | {"source_commit": commits[-1]})
+    return commits
+
+
+def test_rows_of_all_parts_say_operation_mode_and_shape_and_have_names_of_their_own() -> None:
+    for quick in (False, True):
+        names = [row.name for row in rows_of(ALL, quick)]
+        assert len(set(names)) == len(names) >= len(PARTS)
+        assert all(all(words_of(name)) for name in names)
+
+
+def test_a_record_holds_its_key_and_gives_the_line_back() -> None:
+    found = json.loads(json.dumps(record(LINE, SETTINGS)))
+    assert line_of(found) == LINE
+    assert (found["operation"], found["mode"]) == ("fit and predict", "first order")
+    assert (found["must_holds"], found["aim_holds"]) == (True, False)
+    assert set(records.KEY) <= set(found)
+    assert found["commit"] == "abc"
+
+
+def test_the_key_is_the_same_for_another_commit_and_winner_and_differs_for_other_threads(
+    commit: list[str],
+) -> None:
+    first = record(LINE, SETTINGS)
+    commit.append("def")
+    assert key(record(LINE, SETTINGS) | {"against": "other", "date": "2000-01-01"}) == key(first)
+    assert key(first | {"threads": 64}) != key(first)
+    assert key(first | {"quick": True}) != key(first)
+
+
+def test_a_broken_last_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "lines.jsonl"
+    append(file, [record(LINE, SETTINGS)])
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write('{"row": "half')
+    append(file, [record(LINE, SETTINGS)])
+    assert [found["row"] for found in read(file)] == [LINE.row] * 2
+    assert len(latest(read(file))) == 1
+
+
+def test_only_rows_of_these_sources_and_settings_need_not_be_measured_again(commit: list[str]) -> None:
+    found = [record(LINE, SETTINGS), record(Line("a, b, c", refused="wrong"), SETTINGS)]
+    assert measured(found, SETTINGS) == {LINE.row: [LINE]}
+    assert measured(found, Settings(rounds=9)) == {}
+    commit.append("def")
+    assert measured(found, SETTINGS) == {}
+    commit.append("abc+changes")
+    assert measured([record(LINE, SETTINGS)], SETTINGS) == {}
+
+
+def test_a_second_run_measures_what_is_missing_and_appends_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    arguments = ["ops", "--quick", "--threads", "1", "--output", str(file)]
+    assert main([*arguments, "--rows", "ss_conv, kernel, 8"]) == 0
+    first = file.read_text("utf-8").splitlines()
+    assert main([*arguments, "--rows", "ss_conv, kernel"]) == 0
+    second = file.read_text("utf-8").splitlines()
+    assert second[: len(first)] == first
+    # The other row, and the mean of both.
+    assert [json.loads(line)["shape"] for line in second[len(first) :]] == [
+        "16 @ 6, batch 4",
+        "geometric mean",
+    ]
+    assert main([*arguments, "--rows", "ss_conv, kernel"]) == 0
+    assert file.read_text("utf-8").splitlines()[: len(second)] == second
+    capsys.readouterr()
+
+
+def test_comparing_says_how_time_and_ratio_moved(tmp_path: Path, commit: list[str]) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    alone = record(LINE, SETTINGS) | {"row": "only, in, a", "shape": "a"}
+    append(a, [record(LINE, SETTINGS), alone])
+    commit.append("def")
+    faster = {"values": (6.0, 5.0, 7.0), "spread": {"middle": 6.0, "low": 5.4, "high": 6.6}, "ours": "0.5 ms"}
+    append(b, [record(LINE, SETTINGS) | faster | {"details": {"seconds": {"ours": [0.0005]}}}])
+    text = compare(a, b)
+    row = next(line for line in text.splitlines() if line.startswith(LINE.row))
+    for word in ("1 ms", "0.5 ms", "0.50"):
+        assert word in row
+    assert row.endswith("higher")
+    assert f"1 rows of {a} are not in the other file" in text
+    assert "A: commit abc; B: commit def" in text
+
+
+def test_the_page_has_rows_with_targets_and_names_the_machine(tmp_path: Path) -> None:
+    missed = record(LINE, SETTINGS) | {"row": "slow, first order, x", "shape": "x"}
+    missed["spread"] = {"middle": 1.5, "low": 1.4, "high": 1.6}
+    untold = record(Line("without, a, target", values=(2.0,)), SETTINGS)
+    text = markdown([record(LINE, SETTINGS), missed, untold])
+    assert f"| {LINE.row} | plain | **3×** (2.7×–3.3×) | ≥ 2× holds | ≥ 4× MISSED |" in text
+    assert "| **1.5×** (1.4×–1.6×) | ≥ 2× MISSED |" in text
+    assert "without" not in text
+    assert "commit abc" in text
+    file = tmp_path / "lines.jsonl"
+    append(file, [record(LINE, SETTINGS), missed])
+    page(file, tmp_path / "page")
+    assert (tmp_path / "page" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert LINE.row in (tmp_path / "page" / "speed.md").read_text("utf-8")
+
+
+def test_quick_and_refused_rows_are_not_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "lines.jsonl"
+    append(
+        file, [record(LINE, Settings(rounds=2, quick=True)), record(Line("a, b, c", refused="no"), SETTINGS)]
+    )
+    with pytest.raises(SystemExit) as caught:
+        main(["page", str(file), "--output", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "no finished row that may be quoted" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", str(file), str(tmp_path / "none.jsonl")])
+    assert "none.jsonl" in capsys.readouterr().err
