@@ -104,6 +104,19 @@ class Build:
             print(f"ss_conv runs on {why('ss_conv')}")
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """What is installed, which backend runs each operation and why, a self-test of seconds, and what to do."""
+
+    self_test: bool = True
+    """Compute a little and compare; off, only look."""
+
+    def run(self) -> int:
+        from .doctor import doctor
+
+        return doctor(self_test=self.self_test)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """What both trainings ask for."""
@@ -205,6 +218,7 @@ def commands(config: Config) -> dict[str, Any]:
         "evaluate": Evaluate(tyro.MISSING),
         "results": Results(),
         "build": Build(),
+        "doctor": Doctor(),
     }
 
 
@@ -248,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .training.run import Interrupted
 
         try:
-            command.run()
+            status: int | None = command.run()
         except Interrupted as stopped:
             print(f"mtl-fast: {stopped}", file=sys.stderr)
             return 130
@@ -264,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader went away (`… --help | head`); Python must not fail again when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ FLOORS = {
     "mtl_fast.engine": 4,
     "mtl_fast.training": 5,
     "mtl_fast.cli": 5,
+    "mtl_fast.doctor": 5,
     "mtl_fast.__main__": 5,
 }
 LONGEST_FILE = 400

@@ -1,0 +1,114 @@
+"""`mtl-fast doctor`: what it finds, what it advises, and that a wrong kernel is seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtl_fast import doctor
+from mtl_fast.cli import main
+from mtl_fast.kernels import native
+from mtl_fast.kernels.native import build
+from mtl_fast.kernels.reference import ss_conv as reference
+from mtl_fast.ops import backend
+from mtl_fast.ops.backend import ENVIRONMENT_VARIABLE, OPERATIONS
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    speed = doctor._speed
+    monkeypatch.setattr(doctor, "_speed", lambda: speed(seconds=0.0))
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = main(["doctor", *arguments])
+    return status, capsys.readouterr().out
+
+
+def line(text: str, name: str) -> str:
+    """The report's line of that name, with the advice below it."""
+    lines = text.splitlines()
+    at = next(i for i, found in enumerate(lines) if found[6:28].strip() == name)
+    return "\n".join(lines[at : at + 2 if "→" in "".join(lines[at + 1 : at + 2]) else at + 1])
+
+
+def test_a_sound_machine_is_ok(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = report(capsys)
+    assert status == 0
+    assert " 0 wrong (!!)" in text
+    for name in ("torch", "vectors", "threads", "compiler", "library", *OPERATIONS, "same bits twice"):
+        assert line(text, name)
+    assert "tasks/s" in line(text, "meta-training")
+
+
+def test_without_self_test_nothing_is_computed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_self_test", lambda: pytest.fail("computed"))
+    status, text = report(capsys, "--no-self-test")
+    assert status == 0
+    assert "Self-test" not in text
+
+
+def test_missing_kernels_and_compiler_are_advised_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_found() -> build.Tools:
+        raise build.NoCompilerError("no C++ compiler")
+
+    monkeypatch.setattr(build.Tools, "found", none_found)
+    monkeypatch.setattr(native, "load", lambda: (False, "nothing was built"))
+    status, text = report(capsys, "--no-self-test")
+    assert status == 0, "all works, more slowly"
+    assert "install g++ and ninja" in line(text, "compiler")
+    assert line(text, "library").startswith("  --")
+    assert "mtl-fast build" in line(text, "library")
+    assert "not native: nothing was built" in line(text, "ss_conv")
+
+
+def test_a_package_that_must_be_there_is_wrong_an_optional_one_is_not() -> None:
+    assert doctor._installed("no-such-package", None).state == "wrong"
+    optional = doctor._installed("no-such-package", "nothing")
+    assert (optional.state, optional.advice) == ("could be better", "pip install no-such-package")
+
+
+def test_a_backend_that_nobody_has_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nativ")
+    status, text = report(capsys, "--no-self-test")
+    assert status == 1
+    assert "'nativ' is unknown" in line(text, "ss_conv")
+    assert f"unset {ENVIRONMENT_VARIABLE}" in line(text, "ss_conv")
+
+
+def test_more_threads_than_cores_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    found = next(f for f in doctor._machine() if f.name == "threads")
+    assert found.state == "could be better"
+    assert "OMP_NUM_THREADS=1" in found.advice
+
+
+def test_a_wrong_convolution_is_seen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = reference.ss_conv
+    monkeypatch.setattr(backend, "_REGISTRY", {op: {"torch": backend._always} for op in OPERATIONS})
+
+    def wrong(x: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        y = right(x, *arguments, **options)
+        return y * 1.01 if x.dtype == torch.float32 else y
+
+    monkeypatch.setattr(reference, "ss_conv", wrong)
+    status, text = report(capsys)
+    assert status == 1
+    assert line(text, "convolution").startswith("  !!")
+    assert "report this" in line(text, "convolution")
+
+
+def test_bits_that_do_not_repeat_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(([torch.zeros(2)], [torch.full((2,), 1e-7)]))
+    monkeypatch.setattr(doctor, "_meta_step", lambda: lambda: next(steps))
+    assert doctor._checked("same bits twice", doctor._bits_repeat).state == "wrong"
