@@ -77,13 +77,11 @@ class NetworkEncoder(Encoder):
         Raises:
             ValueError: batch statistics are asked for, or the network's output is not [N, feature_dim].
         """
-        if n_groups != 0:
+        if n_groups != 0 or mask is not None:
             raise ValueError(
-                "n_groups: a NetworkEncoder has stored statistics only; use norm 'frozen', or an encoder of "
-                "this package for batch statistics"
+                "n_groups, mask: a NetworkEncoder has stored statistics only; use norm 'frozen', or an encoder "
+                "of this package for batch statistics"
             )
-        if mask is not None:
-            images = images.where(mask.view(-1, 1, 1, 1), 0)  # a weight's gradient would be 0·NaN
         features = self.network(images)
         expected = (len(images), self.feature_dim)
         if not isinstance(features, Tensor) or features.shape != expected:

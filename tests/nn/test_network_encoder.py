@@ -124,20 +124,12 @@ def test_its_backend_is_that_of_its_convolutions() -> None:
     assert encoder_of(user_network()).backend == "auto"
 
 
-def test_masked_images_count_for_nothing() -> None:
-    encoder, x = encoder_of(convert(user_network())), user_images()
-    expected = encoder(x)
-    x[1] = torch.nan
-    features = encoder.embed(x, mask=torch.tensor([True, False])).features
-    assert torch.equal(features[0], expected[0])
-    assert torch.isfinite(features[1]).all()
-
-
 def test_batch_statistics_are_refused(small_store: ImageStore) -> None:
-    with pytest.raises(
-        ValueError, match="n_groups: a NetworkEncoder has stored statistics only; use norm 'frozen'"
-    ):
+    refused = "n_groups, mask: a NetworkEncoder has stored statistics only; use norm 'frozen'"
+    with pytest.raises(ValueError, match=refused):
         engine_of(small_store, norm="episode").step(tasks(small_store, 1))
+    with pytest.raises(ValueError, match=refused):
+        encoder_of(user_network()).embed(user_images(), mask=torch.tensor([True, False]))
 
     def norm(n_channels: int) -> nn.Module:
         return nn.BatchNorm2d(n_channels, track_running_stats=False)
