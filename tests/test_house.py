@@ -33,6 +33,7 @@ FLOORS = {
     "mtl_fast.config": 4,
     "mtl_fast.engine": 4,
     "mtl_fast.training": 5,
+    "mtl_fast.classifier": 5,
     "mtl_fast.cli": 5,
     "mtl_fast.__main__": 5,
 }
