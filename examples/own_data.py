@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds; the accuracy means little")
     parser.add_argument("--folder", type=Path, help="class folders, {train,test}/<class>/*.jpg")
     arguments = parser.parse_args()
-    n_epochs, n_updates, n_tests = (1, 5, 20) if arguments.quick else (8, 100, 300)
+    n_epochs, n_updates, n_tests = (8, 5, 20) if arguments.quick else (12, 100, 300)
 
     torch.manual_seed(0)
     streams = RandomStreams(0)

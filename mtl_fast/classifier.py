@@ -160,7 +160,7 @@ class FewShotClassifier:
             raise InputError(
                 f"features: have width {features.shape[1]}, those of fit had {self.weight_.shape[1]}"
             )
-        return F.linear(features, self.weight_, self.bias_)
+        return F.linear(features.to(self.weight_), self.weight_, self.bias_)
 
     def _start(self, n_classes: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """The head's weight and bias before the inner loop."""
@@ -220,7 +220,7 @@ def _array(values: tuple[Hashable, ...]) -> NDArray[Any]:
     """Labels as an array: numbers or strings of one kind as such, others as objects."""
     if len({type(value) for value in values}) == 1 and isinstance(values[0], (bool, int, float, str)):
         array = np.array(values)
-        if array.tolist() == list(values):  # not so for integers too large for an array
+        if type(array.tolist()[0]) is type(values[0]):  # not so for integers beyond int64: they become floats
             return array
     array = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):

@@ -55,6 +55,11 @@ def test_it_is_gradient_descent_of_a_head(n_way: int | None) -> None:
     assert classifier.predict(query).tolist() == [ORDER[i] for i in logits.argmax(dim=1)]
     probabilities = classifier.predict_proba(query)
     assert_near(torch.from_numpy(probabilities), logits.softmax(dim=1), TOLERANCE)
+    assert_near(
+        torch.from_numpy(classifier.predict_proba(query.float().numpy())),
+        logits.softmax(dim=1),
+        100 * torch.finfo(torch.float32).eps,
+    )
     assert classifier.weight_.shape == (3, 6)
     if start is not None:
         assert torch.equal(start.weight, head(n_way or 0).weight)

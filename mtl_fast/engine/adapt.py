@@ -64,9 +64,13 @@ def adapt_and_predict(
                 f"{name}: expected [{len(support_images)}, n, 3, H, W], a task a row, got {list(images.shape)}"
             )
     n_tasks, n_support = support_images.shape[:2]
-    if support_mask is not None and tuple(support_mask.shape) != (n_tasks, n_support):
+    if support_mask is not None and (support_mask.shape, support_mask.dtype) != (
+        support_images.shape[:2],
+        torch.bool,
+    ):
         raise ValueError(
-            f"support_mask: {list(support_mask.shape)} does not fit support_images {list(support_images.shape)}"
+            f"support_mask: expected bool {[n_tasks, n_support]} for support_images "
+            f"{list(support_images.shape)}, got {support_mask.dtype} {list(support_mask.shape)}"
         )
     n_groups = n_tasks if norm == "episode" else 0
     mask = None

@@ -142,11 +142,12 @@ def test_a_user_s_network_through_the_second_derivative_too(small_store: ImageSt
         ),
         ({"query_images": torch.zeros(3, 9, 3, 16, 16)}, r"query_images: expected \[2, n, .* got \[3, 9"),
         ({"support_labels": torch.zeros(2, 5, dtype=torch.int64)}, r"support_labels: expected \[2, 6\]"),
-        ({"support_mask": torch.ones(2, 5, dtype=torch.bool)}, r"support_mask: \[2, 5\] does not fit"),
+        ({"support_mask": torch.ones(2, 5, dtype=torch.bool)}, r"support_mask: expected bool \[2, 6\]"),
+        ({"support_mask": torch.ones(2, 6)}, r"support_mask: .* got torch\.float32 \[2, 6\]"),
         ({"norm": "running"}, "norm: 'running' is neither frozen nor episode"),
         ({"order": "third"}, "order: 'third' is neither first nor second"),
     ],
-    ids=["four-dimensions", "tasks", "labels", "mask", "norm", "order"],
+    ids=["four-dimensions", "tasks", "labels", "mask", "mask-dtype", "norm", "order"],
 )
 def test_what_does_not_fit_is_named(small_store: ImageStore, change: dict[str, Any], message: str) -> None:
     engine = make_engine(small_store)
