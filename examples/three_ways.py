@@ -214,9 +214,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds; the accuracy means little")
     quick = parser.parse_args().quick
     n_updates, n_tests = (4, 20) if quick else (100, 300)
-    for name, ours in (("MAML", PlainMAML), ("PrototypicalNetworks", PlainPrototypicalNetworks)):
-        library = {"MAML": "learn2learn", "PrototypicalNetworks": "easyfsl"}[name]
-        where = "its calls, written out in plain PyTorch" if globals()[name] is ours else "the library itself"
+    used = (
+        ("learn2learn", MAML, PlainMAML),
+        ("easyfsl", PrototypicalNetworks, PlainPrototypicalNetworks),
+    )
+    for library, found, plain in used:
+        where = "not installed, so its calls in plain PyTorch" if found is plain else "the library itself"
         print(f"{library}: {where}")
 
     streams = RandomStreams(0)
@@ -232,15 +235,11 @@ def main() -> None:
     twin, twin_head = copy.deepcopy(network), copy.deepcopy(head)
     theirs, their_time = timed(learn2learns_way, twin, twin_head, train, updates)
     ours, our_time = timed(our_way, network, head, train, updates)
-    print(
-        f"\n{n_updates} updates of {TASKS_PER_UPDATE} tasks, {N_WAY}-way {N_SHOT}-shot, {INNER_STEPS} inner steps:"
-    )
+    print(f"\n{n_updates} updates of {TASKS_PER_UPDATE} tasks, {N_WAY}-way {N_SHOT}-shot, second order:")
     print(f"  learn2learn's way  loss {theirs[0]:.4f} → {theirs[-1]:.4f}   {their_time:6.2f} s")
     print(f"  mtl_fast           loss {ours[0]:.4f} → {ours[-1]:.4f}   {our_time:6.2f} s")
     first, *_, last = (abs(a - b) for a, b in zip(theirs, ours, strict=True))
-    print(
-        f"  the losses differ by {first:.0e} at first, by {last:.0e} at last: rounding, enlarged update by update"
-    )
+    print(f"  the losses differ by {first:.0e} at first, by {last:.0e} at last (rounding grows in training)")
 
     encoder = NetworkEncoder(network, feature_dim=512)
     print(f"\n{n_tests} tasks of scripts never seen, the network that mtl_fast trained:")

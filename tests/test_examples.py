@@ -12,6 +12,8 @@ import pytest
 
 from tests.training import tiny
 
+pytestmark = pytest.mark.timeout(300)  # seconds each on a machine left alone
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 PERCENT = r"\d+\.\d %"
@@ -48,7 +50,7 @@ def run(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
 
 
