@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A network of one's own, converted and meta-trained.")
     parser.add_argument("--quick", action="store_true", help="a few seconds; the accuracy means little")
     quick = parser.parse_args().quick
-    n_epochs, seconds, n_tests = (1, 1.0, 20) if quick else (6, 60.0, 600)
+    n_epochs, seconds, n_tests = (1, 1.0, 20) if quick else (4, 60.0, 600)
 
     torch.manual_seed(0)
     streams = RandomStreams(0)
@@ -116,10 +116,10 @@ def main() -> None:
     print(f"  the accuracy of each of {n_tests} tasks is {'the same' if same else 'another'} at the start")
 
     engine = EpisodicEngine(
-        encoder, head, train, PREPROCESS, order="first", inner_lr=INNER_LR, inner_steps=TRAIN_STEPS
+        encoder, head, train, PREPROCESS, order="second", inner_lr=INNER_LR, inner_steps=TRAIN_STEPS
     )
     sampler = EpisodeSampler(train, 5, 1, 5, streams.stream("tasks"))
-    optimizer = torch.optim.Adam([{"params": learned, "lr": 1e-3}, {"params": head.parameters(), "lr": 1e-4}])
+    optimizer = torch.optim.Adam([{"params": learned, "lr": 3e-4}, {"params": head.parameters(), "lr": 1e-4}])
     start, n_updates, loss = time.monotonic(), 0, torch.zeros(())
     while time.monotonic() < start + seconds:
         optimizer.zero_grad()

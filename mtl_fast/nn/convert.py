@@ -29,7 +29,8 @@ def convert(model: nn.Module, granularity: Granularity = "kernel", *, backend: s
 
     Everything else is copied as it is and frozen, other kinds of convolutions (`nn.ConvTranspose2d`, `nn.Conv1d`,
     `nn.Conv3d`) too: Φ alone requires a gradient. What the model shares, a layer used twice or a weight of two
-    layers, its copy shares; layers that share a weight have a Φ each.
+    layers, its copy shares; layers that share a weight have a Φ each. A model that reads a layer's weight instead
+    of calling the layer goes around its Φ.
 
     The copy is in evaluation mode, so that its norms use the statistics of pre-training, as a frozen network
     should. `train()` gives batch statistics and dropout back, as of any network.
