@@ -68,4 +68,4 @@ bench: native
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find mtl_fast kernels bench tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mtl_fast kernels bench examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,7 +87,7 @@ class WheelWithKernels(bdist_wheel):
 
 
 setup(
-    # Only what is under mtl_fast: top-level kernels, bench, tests and tools are never installed by themselves.
+    # Only what is under mtl_fast: top-level kernels, bench, examples, tests and tools are never installed by themselves.
     packages=find_packages(str(ROOT), include=["mtl_fast", "mtl_fast.*"]),
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
 )

@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .classifier import FewShotClassifier
     from .config import Config, preset
     from .data import load_split
     from .data.store import ImageStore
-    from .engine import EpisodicEngine, Preprocess, evaluate
+    from .engine import EpisodicEngine, Preprocess, adapt_and_predict, evaluate
     from .episodes import Episodes, EpisodeSampler, HardTaskPool
     from .errors import InputError
-    from .nn import Conv4, LinearHead, ResNet12, ScaleShiftConv2d
+    from .nn import (
+        Conv4,
+        LinearHead,
+        NetworkEncoder,
+        ResNet12,
+        ScaleShiftConv2d,
+        convert,
+        fold,
+        scale_shift_parameters,
+    )
     from .ops import base_learner, fit_heads, ss_block, ss_conv, why
     from .random_streams import RandomStreams
     from .training.evaluate import evaluate_model
@@ -26,12 +36,14 @@ if TYPE_CHECKING:
     from .training.pretrain import pretrain
 
 _HOME = {
+    "FewShotClassifier": "classifier",
     "Config": "config",
     "preset": "config",
     "load_split": "data",
     "ImageStore": "data.store",
     "EpisodicEngine": "engine",
     "Preprocess": "engine",
+    "adapt_and_predict": "engine",
     "evaluate": "engine",
     "Episodes": "episodes",
     "EpisodeSampler": "episodes",
@@ -39,8 +51,12 @@ _HOME = {
     "InputError": "errors",
     "Conv4": "nn",
     "LinearHead": "nn",
+    "NetworkEncoder": "nn",
     "ResNet12": "nn",
     "ScaleShiftConv2d": "nn",
+    "convert": "nn",
+    "fold": "nn",
+    "scale_shift_parameters": "nn",
     "base_learner": "ops",
     "fit_heads": "ops",
     "ss_block": "ops",
@@ -59,23 +75,29 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "EpisodicEngine",
+    "FewShotClassifier",
     "HardTaskPool",
     "ImageStore",
     "InputError",
     "LinearHead",
+    "NetworkEncoder",
     "Preprocess",
     "RandomStreams",
     "ResNet12",
     "ScaleShiftConv2d",
+    "adapt_and_predict",
     "base_learner",
+    "convert",
     "evaluate",
     "evaluate_model",
     "fit_heads",
+    "fold",
     "load_model",
     "load_split",
     "meta_train",
     "preset",
     "pretrain",
+    "scale_shift_parameters",
     "ss_block",
     "ss_conv",
     "why",

@@ -33,6 +33,7 @@ FLOORS = {
     "mtl_fast.config": 4,
     "mtl_fast.engine": 4,
     "mtl_fast.training": 5,
+    "mtl_fast.classifier": 5,
     "mtl_fast.cli": 5,
     "mtl_fast.doctor": 5,
     "mtl_fast.__main__": 5,
@@ -153,7 +154,7 @@ def test_every_kernel_file_has_its_operation() -> None:
 
 
 def test_files_are_short() -> None:
-    folders = ("mtl_fast", "kernels", "bench", "tests", "tools")
+    folders = ("mtl_fast", "kernels", "bench", "examples", "tests", "tools")
     suffixes = (".py", ".cpp", ".h")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     long = {
@@ -219,7 +220,7 @@ def build_wheel(folder: Path, **environment: str) -> Path:
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("mtl_fast", "kernels", "bench", "tests"):
+    for name in ("mtl_fast", "kernels", "bench", "examples", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]

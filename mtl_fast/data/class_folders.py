@@ -80,6 +80,19 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: transparency is dropped, grey is repeated.
+
+    Raises:
+        InputError: more than 8 bits a channel; what is wrong, to follow the image's name.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"has more than 8 bits a channel (mode {image.mode})")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
 def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 [N, H, W, 3] -> [N, size, size, 3] by `resize_and_crop`."""
     check_image_size(size)
@@ -197,12 +210,10 @@ def _decode(file: Path, image_size: int | None) -> np.ndarray | str:
     try:
         with Image.open(file, formats=_FORMATS) as image:
             image.load()  # Image.open reads the header only: this is where a truncated file shows
-            if image.mode.startswith(("I", "F")):
-                return f"has more than 8 bits a channel (mode {image.mode})"
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            image = image.convert("RGB")
+            image = to_rgb(image)
             return np.asarray(image if image_size is None else resize_and_crop(image, image_size))
+    except InputError as error:
+        return str(error)
     except UnidentifiedImageError:
         return f"({_n_bytes(file)}) is not an image"
     except _DAMAGE as error:

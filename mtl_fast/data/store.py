@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mtl_fast.data.arrays import Layout, code_labels, pairs_of, uint8_images
+from mtl_fast.errors import InputError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +82,61 @@ class ImageStore:
             raise ValueError(
                 f"super_class_names: {len(supers)} names for {self.n_classes} classes; give one each"
             )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Any,
+        labels: Any,
+        class_names: Sequence[str] | None = None,
+        *,
+        layout: Layout | None = None,
+        name: str = "the image store",
+    ) -> ImageStore:
+        """A store of images and labels as people hold them.
+
+        Args:
+            images: an array or a tensor, or a sequence of arrays, tensors or PIL images of one size:
+                uint8, or floating in 0..1; [N, H, W, C] or [N, C, H, W] with C 3 (RGB) or 1, or [N, H, W].
+            labels: N numbers, strings or other hashable values. Without `class_names` each distinct one is a
+                class, in ascending order, and gives it its name.
+            class_names: the names of labels 0..C-1.
+            layout: ``HWC`` or ``CHW``, where the shape leaves it open.
+            name: what error messages call the store.
+
+        Returns:
+            The store, on the device of `images`; may share their memory.
+
+        Raises:
+            InputError: images or labels of another form, one line that says which.
+            ValueError: labels that do not fit the images or `class_names`.
+        """
+        pixels = uint8_images(images, layout)
+        values, codes = code_labels(labels)
+        if class_names is None:
+            class_names = [str(value) for value in values]
+        elif all(isinstance(value, int) for value in values):
+            codes = torch.tensor(values, dtype=torch.int64)[codes]
+        else:
+            raise InputError(
+                f"labels: {values[0]!r} is no number of one of the {len(class_names)} class_names"
+            )
+        return cls(pixels, codes.to(pixels.device), tuple(class_names), name=name)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        class_names: Sequence[str] | None = None,
+        *,
+        layout: Layout | None = None,
+        name: str = "the image store",
+    ) -> ImageStore:
+        """A store of a map-style torch data set: ``dataset[i]``, i < ``len(dataset)``, is (image, label).
+
+        All of it is read, once, into memory. Images, labels, other arguments and errors as `from_arrays`.
+        """
+        return cls.from_arrays(*pairs_of(dataset), class_names, layout=layout, name=name)
 
     @property
     def n_classes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels.contracts import EffectiveWeights, Granularity
 from ..ops.effective_weights import effective_weights
 from ..ops.ss_conv import reads_effective_weights
-from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
+from .scale_shift import ChannelNorm2d, ScaleShiftConv2d, scale_shift_parameters
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -101,10 +101,7 @@ class Encoder(nn.Module, ABC):
 
     def scale_shift_parameters(self) -> Iterator[nn.Parameter]:
         """Φ_S1 and Φ_S2 of every convolution that has them."""
-        for conv in self.convs():
-            if conv.scale is not None and conv.shift is not None:
-                yield conv.scale
-                yield conv.shift
+        return scale_shift_parameters(self)
 
     def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
         """`effective_weights` of all layers that read them, for every forward of one meta-step; None of the others.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.contracts import ChannelNorm, ConvOperands, EffectiveWeights, FrozenFilters, Granularity
@@ -67,29 +69,41 @@ class ScaleShiftConv2d(nn.Module):
     Before that it is an ordinary trainable convolution. Φ starts as the identity: outputs stay the same.
 
     Args:
-        n_in, n_out, kernel_size, stride, padding, dilation, groups, bias: as in `torch.nn.Conv2d`.
+        n_in, n_out, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `torch.nn.Conv2d`.
         norm: what follows the convolution, or None.
+
+    Attributes:
+        backend: of this layer's own forward; an encoder that runs its layers' operands has one for them all.
+
+    Raises:
+        ValueError: an unknown padding or padding mode, or ``same`` with a stride.
     """
 
     scale: nn.Parameter | None
     shift: nn.Parameter | None
+    backend: str = "auto"
 
     def __init__(
         self,
         n_in: int,
         n_out: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         *,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         norm: ChannelNorm2d | None = None,
     ) -> None:
         super().__init__()
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.weight = nn.Parameter(torch.empty(n_out, n_in // groups, kernel_size, kernel_size))
+        self.padding_mode = padding_mode
+        self._inner_padding, self._outer_padding = _divided(
+            padding, padding_mode, _pair(kernel_size), _pair(stride), _pair(dilation)
+        )
+        self.weight = nn.Parameter(torch.empty(n_out, n_in // groups, *_pair(kernel_size)))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.norm = norm
         self.register_parameter("scale", None)
@@ -129,18 +143,25 @@ class ScaleShiftConv2d(nn.Module):
         stale = kept is not None and self.weight.requires_grad and kept.derived
         if kept is None or kept.weight is not self.weight or kept.bias is not self.bias or stale:
             kept = self._filters = FrozenFilters(
-                self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+                self.weight, self.bias, self.stride, self._inner_padding, self.dilation, self.groups
             )
         return kept
 
     def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:
-        """All tensors of this layer, for `ss_conv`, `ss_block` and `effective_weights`."""
+        """All tensors of this layer, for `ss_conv`, `ss_block` and `effective_weights`.
+
+        Padding that conv2d has no number for (other modes than zeros, an odd ``same``) is not in them: only
+        `forward` adds it.
+        """
         norm = None if self.norm is None else self.norm.operands
         return ConvOperands(self.filters, self.scale, self.shift, norm, effective)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, H, W] → [N, O, H', W'], normalised by the stored statistics if there is a norm."""
-        return ss_conv(x, self.operands())
+        if any(self._outer_padding):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._outer_padding, mode=mode)
+        return ss_conv(x, self.operands(), backend=self.backend)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files start afresh: what was derived belongs to this weight and this process.
@@ -155,9 +176,52 @@ class ScaleShiftConv2d(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def extra_repr(self) -> str:
-        n_out, n_in, k, _ = self.weight.shape
+        n_out, n_in, *taps = self.weight.shape
         form = "trainable" if self.scale is None else f"scale {tuple(self.scale.shape[:2])}"
-        return f"{n_in * self.groups}, {n_out}, {k}×{k}, stride={self.stride}, padding={self.padding}, {form}"
+        side = "×".join(map(str, taps))
+        return f"{n_in * self.groups}, {n_out}, {side}, stride={self.stride}, padding={self.padding}, {form}"
+
+
+def scale_shift_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Φ_S1 and Φ_S2 of every convolution in `module` that has them, in the order of its modules."""
+    for conv in module.modules():
+        if isinstance(conv, ScaleShiftConv2d) and conv.scale is not None and conv.shift is not None:
+            yield conv.scale
+            yield conv.shift
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _divided(
+    padding: str | int | tuple[int, int],
+    mode: str,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """What conv2d pads itself (rows, columns), and what is added before it (left, right, top, bottom).
+
+    As `torch.nn.Conv2d` does it: other modes than zeros are padded before; of an odd ``same`` the one row or
+    column more at the end.
+    """
+    if mode not in ("zeros", "reflect", "replicate", "circular"):
+        raise ValueError(f"padding_mode: {mode!r} is not one of zeros, reflect, replicate, circular")
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"padding: 'same' needs stride 1, got {stride}")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+    elif padding == "valid":
+        before = after = [0, 0]
+    elif isinstance(padding, str):
+        raise ValueError(f"padding: {padding!r} is neither same nor valid, nor a number of pixels")
+    else:
+        before = after = list(_pair(padding))
+    inner = (before[0], before[1]) if mode == "zeros" else (0, 0)
+    rows, columns = ((b - i, a - i) for b, a, i in zip(before, after, inner, strict=True))
+    return inner, (*columns, *rows)
 
 
 def interleave(

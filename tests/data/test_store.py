@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mtl_fast.data import ImageStore
+from mtl_fast.episodes import EpisodeSampler
+from mtl_fast.errors import InputError
 
 
 def images(n: int, height: int = 2, width: int = 3) -> torch.Tensor:
@@ -65,3 +67,58 @@ def test_what_does_not_fit_is_named(change, error, message):
     ImageStore(**good)
     with pytest.raises(error, match=message):
         ImageStore(**(good | change))
+
+
+def test_from_arrays_makes_a_class_of_each_label():
+    floating = images(4).permute(0, 3, 1, 2) / 255
+    store = ImageStore.from_arrays(floating, ["wren", "tit", "wren", "jay"], layout="CHW", name="birds")
+    assert torch.equal(store.images, images(4))
+    assert store.class_names == ("jay", "tit", "wren")
+    assert store.labels.tolist() == [2, 1, 2, 0]
+    assert repr(store) == "ImageStore(birds: 4 images 2x3, 3 classes of 1..2, cpu)"
+    assert ImageStore.from_arrays(images(2, 5, 5), [30, 4]).class_names == ("4", "30")
+
+
+def test_from_arrays_with_names_takes_labels_as_numbers_of_names():
+    store = ImageStore.from_arrays(images(3, 5, 5), torch.tensor([1, 0, 1]), ["b", "a"])
+    assert store.labels.tolist() == [1, 0, 1]
+    assert store.class_names == ("b", "a")
+    with pytest.raises(InputError, match="labels: 'a' is no number of one of the 2 class_names"):
+        ImageStore.from_arrays(images(2, 5, 5), ["a", "b"], ["a", "b"])
+    with pytest.raises(ValueError, match=r"labels: 0\.\.2 do not fit 0\.\.1"):
+        ImageStore.from_arrays(images(2, 5, 5), [0, 2], ["a", "b"])
+    with pytest.raises(ValueError, match=r"labels: expected \[3\].*got \[2\]"):
+        ImageStore.from_arrays(images(3, 5, 5), [0, 1])
+
+
+def test_from_arrays_puts_labels_where_the_images_are():
+    # They get as far as having their values counted, which meta has none of.
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        ImageStore.from_arrays(images(2, 5, 5).to("meta"), [0, 1])
+
+
+def test_from_dataset_is_from_arrays_of_its_items():
+    dataset = torch.utils.data.TensorDataset(images(4, 5, 5), torch.tensor([7, 3, 7, 3]))
+    store = ImageStore.from_dataset(dataset, name="digits")
+    assert torch.equal(store.images, images(4, 5, 5))
+    assert store.labels.tolist() == [1, 0, 1, 0]
+    assert (store.class_names, store.name) == (("3", "7"), "digits")
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_a_sampler_draws_tasks_from_either(kind):
+    labels = [f"c{i % 4}" for i in range(20)]
+    pixels = images(20, 5, 5)
+    store = (
+        ImageStore.from_arrays(pixels, labels)
+        if kind == "arrays"
+        else ImageStore.from_dataset([(image, label) for image, label in zip(pixels, labels, strict=True)])
+    )
+    episodes = EpisodeSampler(store, 3, 2, 3, torch.Generator().manual_seed(0)).sample(5)
+    for task in range(5):
+        for rows, codes in (
+            (episodes.support, episodes.support_labels),
+            (episodes.query, episodes.query_labels),
+        ):
+            classes = episodes.classes[task][codes[task]]
+            assert [labels[row] for row in rows[task]] == [store.class_names[c] for c in classes]
