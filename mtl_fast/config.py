@@ -146,6 +146,8 @@ class EvaluationConfig:
     """Test episodes."""
     split: Literal["train", "val", "test"] = "test"
     """Which split the episodes come from."""
+    mirror_support: bool = False
+    """Support sets hold the mirror image of each image too; MTL's TensorFlow code doubles the inner rate by it."""
 
 
 @dataclass(frozen=True)

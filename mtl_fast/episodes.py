@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_fast.data.store import ImageStore
+from mtl_fast.data.store import ClassIndex
 from mtl_fast.errors import InputError
 
 
@@ -108,7 +108,7 @@ class EpisodeSampler:
 
     def __init__(
         self,
-        store: ImageStore,
+        store: ClassIndex,
         n_way: int,
         n_shot: int,
         n_query: int,
@@ -288,7 +288,7 @@ def _check_classes(classes: Tensor, n_way: int) -> None:
         raise ValueError(f"classes: expected int64 [T, {n_way}], got {classes.dtype} {list(classes.shape)}")
 
 
-def _check_enough(store: ImageStore, n_way: int, n_shot: int, n_query: int) -> None:
+def _check_enough(store: ClassIndex, n_way: int, n_shot: int, n_query: int) -> None:
     if store.n_classes < n_way:
         raise InputError(
             f"{store.name}: {store.n_classes} classes, fewer than n_way = {n_way}; lower n_way or add classes"

@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_says_what_to_try(
 
 
 def test_an_option_that_does_not_exist_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["pretrain", "--output", "x", "--epochs=3"], ["evaluate"], ["fly"], []):
+    for arguments in (["pretrain", "--output", "x", "--epochs=3"], ["embed"], ["fly"], []):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2

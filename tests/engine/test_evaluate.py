@@ -257,7 +257,10 @@ def test_accuracy_by_step_is_that_of_so_many_steps(small_store: ImageStore, mirr
 def test_accuracy_by_step_bounds_the_logits_in_flight(
     small_store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedded, head = random_features(small_store, 7, mirror_support=False), LinearHead(10, 3, init="zeros").double()
+    embedded, head = (
+        random_features(small_store, 7, mirror_support=False),
+        LinearHead(10, 3, init="zeros").double(),
+    )
     expected = accuracy_by_step(embedded, head, **FIT)
     sizes: list[int] = []
     original = module.query_logits_by_step

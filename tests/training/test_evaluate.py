@@ -14,7 +14,7 @@ from mtl_fast.config import EvaluationConfig
 from mtl_fast.data.store import ImageStore
 from mtl_fast.episodes import Episodes
 from mtl_fast.errors import InputError
-from mtl_fast.training import checkpoint, evaluate
+from mtl_fast.training import checkpoint, evaluate, models, scoring
 from mtl_fast.training.evaluate import Score, drawn_episodes, evaluate_model, score
 from mtl_fast.training.models import load_model
 from mtl_fast.training.statistics import mean_interval
@@ -31,7 +31,7 @@ def _tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
             return tiny.a_store("bigger", 5, size=20 if size is None else size)
         return tiny.split(split)
 
-    monkeypatch.setattr(evaluate, "load_split", load)
+    monkeypatch.setattr(models, "load_split", load)
 
 
 def tasks_of(monkeypatch: pytest.MonkeyPatch) -> list[Episodes]:
@@ -91,15 +91,15 @@ def test_a_pretrained_model_gets_a_fresh_head_of_any_shape(
 
 def test_what_is_not_said_is_as_trained(meta_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    original = evaluate.evaluate
+    original = scoring.fit_and_score
 
     def spy(*arguments: Any, **options: Any) -> Any:
         asked.update(options)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "evaluate", spy)
+    monkeypatch.setattr(scoring, "fit_and_score", spy)
     evaluate_model(meta_trained, evaluation=TASKS)
-    assert (asked["inner_lr"], asked["inner_steps"], asked["norm"]) == (0.05, 5, "frozen")
+    assert (asked["inner_lr"], asked["inner_steps"]) == (0.05, 5)
     evaluate_model(meta_trained, inner_lr=0.2, inner_steps=0, n_shot=2, evaluation=TASKS)
     assert (asked["inner_lr"], asked["inner_steps"]) == (0.2, 0)
 
@@ -123,7 +123,7 @@ def test_files_hold_the_score_and_each_task(meta_trained: Path, tmp_path: Path) 
     assert summary["mean"] == pytest.approx(float(result.task_accuracy.double().mean()))
     assert summary["interval95"] == result.interval.half
     assert (summary["n_tasks"], summary["seed"], summary["model"]) == (12, 3, str(meta_trained))
-    assert summary["config"]["evaluation"] == {"n_tasks": 12, "split": "test"}
+    assert summary["config"]["evaluation"] == {"n_tasks": 12, "split": "test", "mirror_support": False}
     # Once more into the same folder replaces both.
     evaluate_model(meta_trained, evaluation=EvaluationConfig(n_tasks=4), output=folder)
     assert json.loads((folder / "evaluation.json").read_text())["n_tasks"] == 4
@@ -135,7 +135,7 @@ def test_other_data_are_brought_to_the_size_of_the_model(meta_trained: Path) -> 
 
 
 def test_data_that_changed_their_size_are_named(meta_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_split", lambda *_: tiny.a_store("grown", 0, size=20))
+    monkeypatch.setattr(models, "load_split", lambda *_: tiny.a_store("grown", 0, size=20))
     with pytest.raises(
         InputError, match=r"grown: images are 20×20 pixels, .* was trained on 16×16; .*--data"
     ):
@@ -167,7 +167,7 @@ def test_an_output_that_is_a_file_is_named_before_the_work(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(scoring, "fit_and_score", lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(InputError, match="cannot make this folder"):
         evaluate_model(meta_trained, evaluation=TASKS, output=file)
     assert file.read_text() == "mine"
