@@ -221,7 +221,10 @@ class Evaluate:
     def run(self) -> None:
         from .training.evaluate import evaluate_model
 
-        print(evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__}))
+        score = evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+        print(score)
+        if self.by_step:
+            print(score.steps_text())
 
 
 def commands(config: Config) -> dict[str, Any]:

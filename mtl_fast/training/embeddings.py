@@ -28,7 +28,7 @@ from ..data.features import FeatureStore
 from ..engine.evaluate import embed_rows
 from ..errors import InputError
 from ..nn import LinearHead
-from . import checkpoint
+from . import checkpoint as checkpoints
 from .models import (
     device_of,
     fingerprint,
@@ -59,7 +59,7 @@ class Embeddings:
 
 
 def embed_split(
-    checkpoint_path: str | Path,
+    checkpoint: str | Path,
     output: Path,
     *,
     data: str | None = None,
@@ -70,7 +70,7 @@ def embed_split(
     """Embeds every image of a split once and writes the file.
 
     Args:
-        checkpoint_path: a model file, or a run's folder.
+        checkpoint: a model file, or a run's folder.
         output: the file; it must not exist.
         data: another source than the one trained on.
         split: which one.
@@ -84,7 +84,7 @@ def embed_split(
     if output.exists():
         raise InputError(f"{output}: exists already; remove it or give another --output")
     target = device_of(dataclasses.replace(Config(), device=device))
-    model = load_model(checkpoint_path, device=target)
+    model = load_model(checkpoint, device=target)
     if model.norm == "episode":
         raise InputError(
             f"{model.path}: its norm takes the statistics of each task, so an image has no features of its own; "
@@ -105,7 +105,7 @@ def embed_split(
             "fingerprint": fingerprint({"images": images.images, "labels": images.labels}),
         },
         "model": {
-            "file": str(checkpoint_path),
+            "file": str(checkpoint),
             "fingerprint": fingerprint(weights_of(model.encoder, model.head)),
         },
         "preprocessing": {
@@ -127,7 +127,7 @@ def save_embeddings(path: Path, store: FeatureStore, head: LinearHead | None = N
     if head is not None:
         tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     meta = {"kind": KIND, "name": store.name, "class_names": store.class_names, **facts}
-    checkpoint.save(path, tensors, meta | {"provenance": checkpoint.provenance()})
+    checkpoints.save(path, tensors, meta | {"provenance": checkpoints.provenance()})
 
 
 def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> Embeddings:
@@ -162,13 +162,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != checkpoint.FORMAT:
+            if header.get("format") != checkpoints.FORMAT:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (safetensors.SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be read as safetensors ({reason}); make it again") from error
-    if header.get("format") == checkpoint.FORMAT:
-        tensors, meta = checkpoint.load(path)
+    if header.get("format") == checkpoints.FORMAT:
+        tensors, meta = checkpoints.load(path)
         if meta.get("kind") != KIND:
             raise InputError(
                 f"{path}: holds no embeddings (kind {meta.get('kind')!r}); `mtl-fast embed` makes them"

@@ -53,6 +53,13 @@ class Score:
         by_step = self.accuracy_by_step
         return [] if by_step is None else [mean_interval(column) for column in by_step.T]
 
+    def steps_text(self) -> str:
+        """Accuracy along the inner loop on one line: after 0, 1, 2, 5, 10, … steps and after the last."""
+        steps = self.steps
+        round_numbers = {m * 10**k for k in range(len(str(len(steps)))) for m in (1, 2, 5)}
+        shown = [i for i in range(len(steps)) if i in round_numbers | {0, len(steps) - 1}]
+        return ", ".join(f"after {i} steps: {steps[i]} %" for i in shown)
+
     def __str__(self) -> str:
         shape, test = self.config.episodes, self.config.evaluation
         where = f" of {self.data}" if self.data else ""

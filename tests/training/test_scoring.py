@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_fast.cli import main
 from mtl_fast.config import EvaluationConfig
 from mtl_fast.errors import InputError
 from mtl_fast.training import checkpoint, models, scoring
@@ -217,3 +218,21 @@ def test_a_test_of_other_settings_does_not_go_on(
     ):
         with pytest.raises(InputError, match=says):
             run(meta_trained, tmp_path, resume=True, **options)
+
+
+def test_the_commands_embed_test_and_share(
+    meta_trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, model = tmp_path / "features.safetensors", ["--checkpoint", str(meta_trained)]
+    assert main(["embed", *model, "--output", str(file), "--device=cpu"]) == 0
+    assert capsys.readouterr().out == f"embeddings: {file} (168 images, 7 classes)\n"
+    test = ["--evaluation.n-tasks=8", "--by-step", "--device=cpu"]
+    assert main(["evaluate", *model, *test]) == 0
+    of_images = capsys.readouterr().out
+    test = ["evaluate", "--embeddings", str(file), *test, "--output", str(tmp_path / "test")]
+    for shard in ("1/2", "2/2"):
+        assert main([*test, f"--shard={shard}"]) == 0
+        assert f"tasks of {file} (shard {shard}): " in capsys.readouterr().out
+    assert main([*test, "--resume"]) == 0
+    assert capsys.readouterr().out == of_images.replace(" tasks:", f" tasks of {file}:")
+    assert names(tmp_path / "test") == FINISHED
