@@ -1,4 +1,4 @@
-"""`python -m bench ops|step|pretrain`: the rows of one part of the system beside plain PyTorch, as a table."""
+"""`python -m bench PART`: the rows of one part of the system beside plain PyTorch, as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .report import header, lines_of, record, text
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 1 if any row was refused, 2 if none was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("part", choices=("ops", "step", "pretrain"))
+    parser.add_argument("part", choices=("ops", "step", "pretrain", "evaluate", "scaling"))
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--rounds", type=int, help="at least 7, or 2 with --quick (by default 9, or 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -32,15 +32,19 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         parser.error(f"--rows: no row of {options.part} contains {options.rows!r}")
     print(header(settings), flush=True)
-    refused = False
+    lines = []
     for line in lines_of(rows, settings):
         print(text(line, settings), flush=True)
-        refused |= bool(line.refused)
+        lines.append(line)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             with options.output.open("a", encoding="utf-8") as file:
                 file.write(record(line, settings) + "\n")
-    return int(refused)
+    if options.part == "scaling" and options.output:
+        from . import scaling
+
+        print(f"picture: {scaling.picture(options.output.with_suffix('.png'), lines)}")
+    return int(any(line.refused for line in lines))
 
 
 def _rows(part: str, quick: bool) -> list[Measurable]:
@@ -52,6 +56,14 @@ def _rows(part: str, quick: bool) -> list[Measurable]:
         from . import pretrain
 
         return list(pretrain.rows(quick))
+    if part == "evaluate":
+        from . import evaluate
+
+        return list(evaluate.rows(quick))
+    if part == "scaling":
+        from . import scaling
+
+        return list(scaling.rows(quick))
     from . import encoder, fits
     from .ops import bench_ss_conv
 

@@ -36,10 +36,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of computing the outputs, by name; `run` is what gets timed."""
+    """One way of computing the outputs, by name; `run` is what gets timed.
+
+    Where a run does only a `share` of the work, its time stands for all of it, extrapolated linearly.
+    """
 
     name: str
     run: Callable[[], Mapping[str, Tensor]]
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def refusal(case: Case) -> str:
 
 
 def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[dict[str, list[float]], float]:
-    """Seconds a call of every contender in each round, and the measured peak in operations a second."""
+    """Seconds that every contender's work takes in each round, and the measured peak in operations a second."""
     size = 512 if settings.quick else 2048
     a, b = torch.rand(size, size), torch.rand(size, size)
     product = Contender("matrix product", lambda: {"c": a @ b})
@@ -206,7 +210,7 @@ def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[di
         for r in range(settings.rounds):
             first = r % len(everyone)
             for c in everyone[first:] + everyone[:first]:
-                times[c.name].append(_sample(c, calls[c.name]))
+                times[c.name].append(_sample(c, calls[c.name]) / c.share)
             gc.collect()
     finally:
         if collecting:

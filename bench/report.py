@@ -106,7 +106,9 @@ def record(line: Line, settings: Settings) -> str:
 
 
 def _value(value: float, unit: str) -> str:
-    return f"{value:+.1%}" if unit == "%" else f"{value:.3g}{unit}"
+    if unit == "%":
+        return f"{value:+.1%}"
+    return f"{value:,.0f}{unit}" if value >= 1000 else f"{value:.3g}{unit}"
 
 
 def _range(spread: Spread, unit: str) -> str:

@@ -99,7 +99,7 @@ def _panels(
         raise ValueError(f"{path.name}: no curves to draw")
     strangers = [name for name in names if name not in METHODS]
     styles = METHODS | {name: SPARE[i % len(SPARE)] for i, name in enumerate(strangers)}
-    with _figure(WIDTH, 720 if len(panels) > 1 else 860, "constrained") as figure:
+    with blank_figure(WIDTH, 720 if len(panels) > 1 else 860, "constrained") as figure:
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, methods) in zip(axes, panels.items(), strict=True):
@@ -135,7 +135,7 @@ def _panels(
             frameon=False,
             handlelength=2.4,
         )
-        _write(figure, path)
+        write_picture(figure, path)
 
 
 def _line(axis: Any, curve: Curve, name: str, style: tuple[str, str], log: bool) -> None:
@@ -220,7 +220,7 @@ def episode_picture(
     left_query = edge + names + n_support * (cell + between) - between + gap
     right = left_query + n_query * (cell + between) - between
     height = head + n_way * pitch + 16
-    with _figure(WIDTH, height) as figure:
+    with blank_figure(WIDTH, height) as figure:
         page = _Page(figure, height)
         n_right = int((labels == predicted).sum())
         result = f"{n_right} of {len(labels)} queries right ({100 * n_right / max(1, len(labels)):.0f} %)"
@@ -255,7 +255,7 @@ def episode_picture(
                     page.lines(
                         middle, top + cell + 24, taken, 17, 7, WRONG, "bold", cell + between - 4, "center"
                     )
-        _write(figure, Path(path))
+        write_picture(figure, Path(path))
 
 
 class _Page:
@@ -346,7 +346,7 @@ class _Page:
 
 
 @contextmanager
-def _figure(width: int, height: int, layout: Literal["constrained"] | None = None) -> Iterator[Any]:
+def blank_figure(width: int, height: int, layout: Literal["constrained"] | None = None) -> Iterator[Any]:
     """A white figure of so many pixels, drawn by Agg in DejaVu whatever the user's own settings are."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -367,7 +367,7 @@ def _figure(width: int, height: int, layout: Literal["constrained"] | None = Non
         yield figure
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_picture(figure: Any, path: Path) -> None:
     """Writes the PNG in one step; without date and version, so equal numbers give equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
