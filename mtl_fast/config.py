@@ -147,7 +147,7 @@ class EvaluationConfig:
     split: Literal["train", "val", "test"] = "test"
     """Which split the episodes come from."""
     mirror_support: bool = False
-    """Support sets hold the mirror image of each image too; MTL's TensorFlow code doubles the inner rate by it."""
+    """Support sets also hold each image's mirror image; MTL's TensorFlow recipe doubles the inner rate with it."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.store import ImageStore
 from ..episodes import Episodes
+from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner, query_logits_by_step
@@ -154,32 +155,6 @@ def embed_episodes(
     return EmbeddedEpisodes(episodes, features, support, query)
 
 
-@torch.no_grad()
-def _embed_apart(
-    encoder: Encoder, store: ImageStore, episodes: Episodes, preprocess: Preprocess, mirror_support: bool
-) -> EmbeddedEpisodes:
-    """Embeds each task's two splits for it alone, with their own batch statistics."""
-    weights = encoder.refresh(fold=False)
-    dtype = next(encoder.parameters()).dtype
-    support, mirrored, query = episodes.support, None, episodes.query
-    if mirror_support:
-        mirrored = (torch.arange(2 * support.shape[1], device=support.device) >= support.shape[1]).repeat(
-            episodes.n_tasks
-        )
-        support = support.repeat(1, 2)
-    features = [
-        encoder.embed(
-            preprocess(store, rows.flatten(), dtype, flip), n_groups=episodes.n_tasks, weights=weights
-        ).features
-        for rows, flip in ((support, mirrored), (query, None))
-    ]
-    place = torch.arange(support.numel() + query.numel(), device=support.device)
-    own_support, own_query = place.split([support.numel(), query.numel()])
-    return EmbeddedEpisodes(
-        episodes, torch.cat(features), own_support.view_as(support), own_query.view_as(query)
-    )
-
-
 def embedded_parts(
     encoder: Encoder,
     store: ImageStore,
@@ -195,7 +170,7 @@ def embedded_parts(
     All at once with stored statistics. With `episode` norm, where no two tasks share a feature, a chunk of whole
     tasks at a time.
     """
-    if norm != "episode" or not episodes.n_tasks:
+    if norm != "episode" or not episodes.n_tasks:  # without a task there is nothing to embed
         yield embed_episodes(
             encoder,
             store,
@@ -206,9 +181,40 @@ def embedded_parts(
         )
         return
     require_evaluation_mode(encoder)
+    with torch.no_grad():
+        weights = encoder.refresh(fold=False)
     n_images = episodes.support.shape[1] * (1 + mirror_support) + episodes.query.shape[1]
     for part in episodes.chunks(max(1, images_per_chunk // n_images)):
-        yield _embed_apart(encoder, store, part, preprocess, mirror_support)
+        yield _embed_apart(encoder, weights, store, part, preprocess, mirror_support)
+
+
+@torch.no_grad()
+def _embed_apart(
+    encoder: Encoder,
+    weights: Sequence[EffectiveWeights | None],
+    store: ImageStore,
+    episodes: Episodes,
+    preprocess: Preprocess,
+    mirror_support: bool,
+) -> EmbeddedEpisodes:
+    """Embeds each task's two splits for it alone, with their own batch statistics."""
+    support, mirrored, query = episodes.support, None, episodes.query
+    if mirror_support:
+        n = support.shape[1]
+        mirrored = (torch.arange(2 * n, device=support.device) >= n).repeat(episodes.n_tasks)
+        support = support.repeat(1, 2)
+    dtype = next(encoder.parameters()).dtype
+    features = [
+        encoder.embed(
+            preprocess(store, rows.flatten(), dtype, flip), n_groups=episodes.n_tasks, weights=weights
+        ).features
+        for rows, flip in ((support, mirrored), (query, None))
+    ]
+    places = torch.arange(support.numel() + query.numel(), device=support.device)
+    own_support, own_query = places.split([support.numel(), query.numel()])
+    return EmbeddedEpisodes(
+        episodes, torch.cat(features), own_support.view_as(support), own_query.view_as(query)
+    )
 
 
 @torch.no_grad()

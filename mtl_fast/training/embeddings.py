@@ -29,14 +29,7 @@ from ..engine.evaluate import embed_rows
 from ..errors import InputError
 from ..nn import LinearHead
 from . import checkpoint as checkpoints
-from .models import (
-    device_of,
-    fingerprint,
-    load_model,
-    preprocess_of,
-    split_for,
-    weights_of,
-)
+from .models import device_of, fingerprint, load_model, preprocess_of, split_for, weights_of
 
 KIND = "embeddings"
 
@@ -125,7 +118,7 @@ def save_embeddings(path: Path, store: FeatureStore, head: LinearHead | None = N
     if store.mirrored is not None:
         tensors["mirrored"] = store.mirrored
     if head is not None:
-        tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+        tensors |= checkpoints.nest("head", head.state_dict())
     meta = {"kind": KIND, "name": store.name, "class_names": store.class_names, **facts}
     checkpoints.save(path, tensors, meta | {"provenance": checkpoints.provenance()})
 

@@ -25,6 +25,7 @@ from .statistics import Interval, mean_interval
 from .subject import Changes, HeadStart, Subject, features_subject, head_for, model_subject
 
 TENSORS = "evaluation.safetensors"
+STEPS_TABLE, STEPS_PICTURE = "accuracy_by_step.csv", "accuracy_by_step.png"
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Score:
         return [] if by_step is None else [mean_interval(column) for column in by_step.T]
 
     def steps_text(self) -> str:
-        """Accuracy along the inner loop on one line: after 0, 1, 2, 5, 10, … steps and after the last."""
+        """Accuracy along the inner loop on one line: after 0, 1, 2, 5, 10, … steps and the last."""
         steps = self.steps
         round_numbers = {m * 10**k for k in range(len(str(len(steps)))) for m in (1, 2, 5)}
         shown = [i for i in range(len(steps)) if i in round_numbers | {0, len(steps) - 1}]
-        return ", ".join(f"after {i} steps: {steps[i]} %" for i in shown)
+        return f"by inner steps: {', '.join(f'{i}: {steps[i]}' for i in shown)} %"
 
     def __str__(self) -> str:
         shape, test = self.config.episodes, self.config.evaluation
@@ -217,6 +218,8 @@ def save_score(folder: Path, result: Score, model: str, **more: Any) -> None:
         **more,
     }
     tensors = {"task_accuracy": result.task_accuracy}
+    for name in (STEPS_TABLE, STEPS_PICTURE):  # those of an earlier test would not belong to this one
+        (folder / name).unlink(missing_ok=True)
     if result.accuracy_by_step is not None:
         tensors["accuracy_by_step"] = result.accuracy_by_step
         summary["by_step"] = _save_steps(folder, result)
@@ -228,9 +231,9 @@ def _save_steps(folder: Path, result: Score) -> dict[str, list[float]]:
     """Writes the accuracy after each step as a CSV and a picture, and returns it."""
     means, halves = ([interval[i] for interval in result.steps] for i in (0, 1))
     lines = [f"{step},{mean},{half}\n" for step, (mean, half) in enumerate(zip(means, halves, strict=True))]
-    write_text(folder / "accuracy_by_step.csv", "step,mean,interval95\n" + "".join(lines))
+    write_text(folder / STEPS_TABLE, "step,mean,interval95\n" + "".join(lines))
     shape, test = result.config.episodes, result.config.evaluation
     label = f"{len(result.task_accuracy)} {test.split} tasks"
     curves = {f"{shape.n_way}-way {shape.n_shot}-shot": {label: Curve(range(len(means)), means, halves)}}
-    steps_figure(folder / "accuracy_by_step.png", curves)
+    steps_figure(folder / STEPS_PICTURE, curves)
     return {"mean": means, "interval95": halves}
