@@ -21,27 +21,20 @@ N_TASKS, N_WAY, N_QUERY, N_FEATURES, INNER_LR = 16, 5, 15, 640, 0.05
 Fit = Callable[..., Tensor]
 
 
-def problem(
-    n_shot: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    n_tasks: int = N_TASKS,
-    n_way: int = N_WAY,
-    n_features: int = N_FEATURES,
-) -> dict[str, Tensor]:
+def problem(n_shot: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Embeddings of norm about 3, as a trained encoder gives them."""
     g = torch.Generator().manual_seed(n_shot)
-    labels = torch.arange(n_way).repeat_interleave(n_shot).expand(n_tasks, -1).contiguous()
+    labels = torch.arange(N_WAY).repeat_interleave(n_shot).expand(N_TASKS, -1).contiguous()
 
     def normal(*shape: int) -> Tensor:
-        return (torch.randn(*shape, n_features, generator=g) * 3 / n_features**0.5).to(dtype)
+        return (torch.randn(*shape, N_FEATURES, generator=g) * 3 / N_FEATURES**0.5).to(dtype)
 
     return {
-        "support": normal(n_tasks, n_way * n_shot),
+        "support": normal(N_TASKS, N_WAY * n_shot),
         "labels": labels,
-        "query": normal(n_tasks, n_way * N_QUERY),
-        "weight": normal(n_way) * 0.1,
-        "bias": torch.zeros(n_way, dtype=dtype),
+        "query": normal(N_TASKS, N_WAY * N_QUERY),
+        "weight": normal(N_WAY) * 0.1,
+        "bias": torch.zeros(N_WAY, dtype=dtype),
     }
 
 

@@ -233,7 +233,7 @@ def _save_steps(folder: Path, result: Score) -> dict[str, list[float]]:
     lines = [f"{step},{mean},{half}\n" for step, (mean, half) in enumerate(zip(means, halves, strict=True))]
     write_text(folder / STEPS_TABLE, "step,mean,interval95\n" + "".join(lines))
     shape, test = result.config.episodes, result.config.evaluation
-    label = f"{len(result.task_accuracy)} {test.split} tasks"
+    label = f"{len(result.task_accuracy):,} {test.split} tasks"
     curves = {f"{shape.n_way}-way {shape.n_shot}-shot": {label: Curve(range(len(means)), means, halves)}}
     steps_figure(folder / STEPS_PICTURE, curves)
     return {"mean": means, "interval95": halves}

@@ -18,6 +18,7 @@ from mtl_fast.training import checkpoint, models, scoring
 from mtl_fast.training.evaluate import Score, drawn_episodes, evaluate_model, score
 from mtl_fast.training.models import load_model
 from tests.training import tiny
+from tests.training.forks import Forks
 
 TASKS = EvaluationConfig(n_tasks=23)
 
@@ -122,6 +123,31 @@ def test_a_killed_test_goes_on_to_the_same_bits(
     assert first == second
     for name in ("accuracy_by_step.csv", "accuracy_by_step.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_process_killed_at_any_moment_leaves_what_goes_on(meta_trained: Path, tmp_path: Path) -> None:
+    """Half of a piece on disk, one not yet in place, the result in place and nothing of it told."""
+    expected = run(meta_trained, tmp_path / "whole")
+    forks = Forks()
+    try:
+        for i, point in enumerate(
+            (
+                "write 1 features-000000060.safetensors",
+                "rename 1 tasks-0000005.safetensors",
+                "renamed 1 evaluation.safetensors",
+            )
+        ):
+            folder = tmp_path / str(i)
+            assert forks.run("evaluate", folder, model=meta_trained, die=point) == -9, point
+            assert not (folder / "evaluation.json").exists()
+            assert forks.run("evaluate", folder, model=meta_trained, resume="yes") == 0, point
+            assert names(folder) == FINISHED
+            tensors, _ = checkpoint.load(folder / "evaluation.safetensors")
+            assert torch.equal(tensors["task_accuracy"], expected.task_accuracy)
+            whole, gone_on = ((f / "evaluation.json").read_bytes() for f in (tmp_path / "whole", folder))
+            assert whole == gone_on
+    finally:
+        forks.close()
 
 
 def test_a_finished_test_is_only_told_again(
