@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from .compare import compare
-from .harness import Settings
+from .harness import Line, Settings
 from .page import page
 from .parts import ALL, PARTS, rows_of
 from .records import append, measured, read, record
 from .report import header, lines_of, text
+from .scaling import picture
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,13 +69,15 @@ def _measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         parser.error(f"--rows: no row of {options.command} contains {options.rows!r}")
     print(header(settings), flush=True)
     kept = measured(read(options.output), settings) if options.output and options.output.exists() else {}
-    refused = False
+    lines: list[Line] = []
     for line in lines_of(rows, settings, kept):
         print(text(line, settings), flush=True)
-        refused |= bool(line.refused)
-        if options.output and line not in kept.get(line.row, ()):
+        if options.output and line not in kept.get(line.source, ()):
             append(options.output, [record(line, settings)])
-    return int(refused)
+        lines.append(line)
+    if options.output and any("axis" in line.details for line in lines):
+        print(f"picture: {picture(options.output.with_suffix('.png'), lines)}")
+    return int(any(line.refused for line in lines))
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ def _case(pixels: int, batch: int, quick: bool) -> Case:
         with torch.no_grad():
             return {"features": encoder.embed(x, weights=weights).features}
 
-    exact = _peer(layers_of(encoder, torch.float64), torch.contiguous_format)
-    features = torch.cat([exact(part.double())["features"] for part in x.split(IMAGES_AT_ONCE)])
+    exact = folded_network(layers_of(encoder, torch.float64), torch.contiguous_format)
+    features = torch.cat([exact(part.double()) for part in x.split(IMAGES_AT_ONCE)])
     peers = []
     for name in PEERS:
         memory_format = torch.contiguous_format if name == "NCHW" else torch.channels_last
-        run = _peer(layers_of(encoder), memory_format, compiled="compiled" in name)
+        run = folded_network(layers_of(encoder), memory_format, compiled="compiled" in name)
         y = x.contiguous(memory_format=memory_format)
-        peers.append(Contender(name, lambda run=run, y=y: run(y)))
+        peers.append(Contender(name, lambda run=run, y=y: {"features": run(y)}))
     return Case(
         ours=Contender("ours", ours),
         peers=tuple(peers),
@@ -65,14 +65,15 @@ def _case(pixels: int, batch: int, quick: bool) -> Case:
     )
 
 
-def _peer(
+def folded_network(
     layers: Sequence[FrozenLayer], memory_format: torch.memory_format, *, compiled: bool = False
-) -> Callable[[Tensor], Mapping[str, Tensor]]:
+) -> Callable[[Tensor], Tensor]:
+    """Images [N, 3, H, W] of that memory format → features [N, D], norm and Φ folded in once, without gradient."""
     folded = effective([FoldedLayer.of(layer, memory_format) for layer in layers])
     embed = torch.compile(folded_resnet12, dynamic=False) if compiled else folded_resnet12
 
-    def run(x: Tensor) -> Mapping[str, Tensor]:
+    def run(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return {"features": embed(x, folded)}
+            return embed(x, folded)
 
     return run

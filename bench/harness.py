@@ -36,10 +36,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of computing the outputs, by name; `run` is what gets timed."""
+    """One way of computing the outputs, by name; `run` is what gets timed.
+
+    Where a run does only a `share` of the work, its time stands for all of it, extrapolated linearly.
+    """
 
     name: str
     run: Callable[[], Mapping[str, Tensor]]
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Case:
         against: the comparisons, a line each.
         expected: outputs that each contender must return, by name.
         flops: arithmetic of the direct algorithm in one call; 0 leaves the share of the peak out.
+        note: what the reader must know of this row.
         why_not_native: the reason where ours ran on torch.
     """
 
@@ -91,7 +96,12 @@ class Case:
     against: tuple[Against, ...]
     expected: Mapping[str, Expected]
     flops: float = 0
+    note: str = ""
     why_not_native: str = ""
+
+    @property
+    def remark(self) -> str:
+        return "; ".join(filter(None, (self.note, self.why_not_native)))
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class Line:
         row: its name, "operation, mode, shape".
         against: the fastest peer, by name.
         peers: of those names.
+        source: name of the `Measurable` that gave it.
         implementation: the backend that ran as ours.
         ours, peer: "12.3 ms" of each side.
         values: what the spread is of, a value a round: peer's time over ours, unless `unit` says otherwise.
@@ -128,6 +139,7 @@ class Line:
     row: str
     against: str = ""
     peers: tuple[str, ...] = ()
+    source: str = ""
     implementation: str = "native"
     ours: str = ""
     peer: str = ""
@@ -167,7 +179,7 @@ class Row:
         case = self.build()
         wrong = refusal(case)
         if wrong:
-            return [Line(self.name, refused=wrong, note=case.why_not_native, family=self.family)]
+            return [Line(self.name, refused=wrong, note=case.remark, family=self.family)]
         times, peak = interleaved([case.ours, *case.peers], settings)
         return [self._line(case, against, times, peak) for against in case.against]
 
@@ -185,7 +197,7 @@ class Row:
             best=min(peer) / min(ours),
             share=case.flops / min(ours) / peak if case.flops else None,
             target=against.target,
-            note=case.why_not_native,
+            note=case.remark,
             family=self.family,
             details={"seconds": dict(times), "direct_flops": case.flops, "peak_flops_per_second": peak},
         )
@@ -202,7 +214,7 @@ def refusal(case: Case) -> str:
 
 
 def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[dict[str, list[float]], float]:
-    """Seconds a call of every contender in each round, and the measured peak in operations a second."""
+    """Seconds that every contender's work takes in each round, and the measured peak in operations a second."""
     size = 512 if settings.quick else 2048
     a, b = torch.rand(size, size), torch.rand(size, size)
     product = Contender("matrix product", lambda: {"c": a @ b})
@@ -215,7 +227,7 @@ def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[di
         for r in range(settings.rounds):
             first = r % len(everyone)
             for c in everyone[first:] + everyone[:first]:
-                times[c.name].append(_sample(c, calls[c.name]))
+                times[c.name].append(_sample(c, calls[c.name]) / c.share)
             gc.collect()
     finally:
         if collecting:

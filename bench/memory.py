@@ -33,9 +33,9 @@ def _resident(field: str) -> int:
 
 def measure(side: str, n_tasks: int, *, quick: bool) -> int:
     """Bytes that two tasks at a time of `n_tasks` need; `side` is ours or the name of a peer."""
-    from .step import Problem
+    from .step import Problem, Shape
 
-    problem = Problem(n_tasks=n_tasks, quick=quick)
+    problem = Problem(Shape.of(quick=quick), n_tasks=n_tasks)
     torch.compile(torch.sin)(
         torch.ones(1, requires_grad=True)
     ).sum().backward()  # compiler and threads are there

@@ -34,6 +34,8 @@ PARTS = {
     "ops": Part("convolution, encoder, base-learner", ("ops.bench_ss_conv", "encoder", "fits")),
     "step": Part("the meta-training step, its time and its memory", ("step",)),
     "pretrain": Part("the pre-training step", ("pretrain",)),
+    "evaluate": Part("evaluation of many tasks", ("evaluate",)),
+    "scaling": Part("time against tasks, shots, ways, inner steps, width", ("scaling",)),
 }
 ALL = "all"
 

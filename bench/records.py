@@ -124,7 +124,7 @@ def measured(records: Iterable[Record], settings: Settings) -> dict[str, list[Li
     lines: dict[str, list[Line]] = {}
     for found in latest(records).values():
         if all(found.get(name) == now[name] for name in same) and not found["refused"]:
-            lines.setdefault(found["row"], []).append(line_of(found))
+            lines.setdefault(found["source"], []).append(line_of(found))
     return lines
 
 
@@ -135,6 +135,7 @@ def line_of(found: Record) -> Line:
         row=found["row"],
         against=found["against"],
         peers=tuple(found["peers"]),
+        source=found["source"],
         implementation=found["implementation"],
         ours=found["ours"],
         peer=found["peer"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .harness import Line, Measurable, Settings, Spread, Target, geometric_mean
 from .records import machine
@@ -20,7 +21,8 @@ def lines_of(
     """
     family: list[Line] = []
     for row in rows:
-        for line in (kept or {}).get(row.name) or row.measure(settings):
+        for measured in (kept or {}).get(row.name) or row.measure(settings):
+            line = replace(measured, source=row.name)
             if family and line.family != family[0].family:
                 yield from _mean(family)
                 family = []
@@ -78,7 +80,9 @@ def verdict(target: Target, value: float, unit: str) -> str:
 
 def value_in_unit(value: float, unit: str) -> str:
     """3.21× or +4.5%."""
-    return f"{value:+.1%}" if unit == "%" else f"{value:.3g}{unit}"
+    if unit == "%":
+        return f"{value:+.1%}"
+    return f"{value:,.0f}{unit}" if value >= 1000 else f"{value:.3g}{unit}"
 
 
 def _range(spread: Spread, unit: str) -> str:

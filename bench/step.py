@@ -6,6 +6,7 @@ Ours is `EpisodicEngine.step` and a step of Adam, from the uint8 store to moved 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,24 +33,40 @@ from .networks import (
 from .peers.meta_step import BatchedStep, Data, FoldedLayer, InnerLoop, MetaStep, PlainStep, Tasks
 
 INNER = InnerLoop(lr=0.05, n_steps=20)
-N_WAY, N_SHOT, N_QUERY, PIXELS = 5, 5, 15, 32
+PIXELS = 32
 PLAIN = "per task, NCHW"
 BATCHED = ("batched, NCHW", "batched, channels-last", "batched, channels-last, compiled")
 Step = Callable[[], Mapping[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of a step's tasks, its network and its inner loop."""
+
+    n_way: int = 5
+    n_shot: int = 5
+    n_query: int = 15
+    widths: tuple[int, ...] = FULL
+    inner: InnerLoop = INNER
+
+    @classmethod
+    def of(cls, *, quick: bool) -> Shape:
+        """That of the rows here."""
+        return cls(n_query=2, widths=SLIM) if quick else cls()
+
+
 class Problem:
     """The tasks of a step, and every way of taking it from the same start, given the network."""
 
-    def __init__(self, *, n_tasks: int, quick: bool) -> None:
-        self.widths = SLIM if quick else FULL
-        self.store = random_store(PIXELS)
+    def __init__(self, shape: Shape, *, n_tasks: int) -> None:
+        self.shape = shape
+        self.store = random_store(PIXELS, n_classes=max(8, shape.n_way))
         generator = torch.Generator().manual_seed(0)
-        sampler = EpisodeSampler(self.store, N_WAY, N_SHOT, 2 if quick else N_QUERY, generator)
+        sampler = EpisodeSampler(self.store, shape.n_way, shape.n_shot, shape.n_query, generator)
         self.episodes = sampler.sample(n_tasks)
 
     def network(self) -> ResNet12:
-        return trained_resnet12(self.widths, PIXELS)
+        return trained_resnet12(self.shape.widths, PIXELS)
 
     def ours(self, encoder: ResNet12, *, images_per_chunk: int | None = None) -> Step:
         """A step that trains Φ of `encoder` itself."""
@@ -60,8 +77,8 @@ class Problem:
             self.store,
             PREPROCESS,
             order="first",
-            inner_lr=INNER.lr,
-            inner_steps=INNER.n_steps,
+            inner_lr=self.shape.inner.lr,
+            inner_steps=self.shape.inner.n_steps,
             images_per_chunk=images_per_chunk,
         )
         named = {"head weight": head.weight, "head bias": head.bias}
@@ -84,16 +101,25 @@ class Problem:
         data = Data(self.store.images, PREPROCESS.mean, PREPROCESS.std)
         take: MetaStep
         if name == PLAIN:
-            take = PlainStep(layers, head.weight, head.bias, data, INNER)
+            take = PlainStep(layers, head.weight, head.bias, data, self.shape.inner)
         else:
             memory_format = torch.contiguous_format if "NCHW" in name else torch.channels_last
             folded = [FoldedLayer.of(layer, memory_format) for layer in layers]
-            take = BatchedStep(folded, head.weight, head.bias, data, INNER, compiled="compiled" in name)
+            take = BatchedStep(
+                folded, head.weight, head.bias, data, self.shape.inner, compiled="compiled" in name
+            )
         tasks = tasks_of(self.episodes)
         return lambda: take(tasks)
 
+    def expected(self, encoder: ResNet12) -> dict[str, Expected]:
+        """What a step must return: the plain one's outputs in float64."""
+        exact = self.peer(PLAIN, encoder, torch.float64)()
+        bound = convolution_bound(9 * self.shape.widths[-1], N_CONVS_DEEP)
+        gradients = {name: behind_kinks(value, bound, N_KINKS_DEEP) for name, value in exact.items()}
+        return gradients | {"loss": Expected(exact["loss"], bound)}
+
     def _head(self) -> LinearHead:
-        return LinearHead(self.widths[-1], N_WAY, generator=torch.Generator().manual_seed(1))
+        return LinearHead(self.shape.widths[-1], self.shape.n_way, generator=torch.Generator().manual_seed(1))
 
 
 def tasks_of(episodes: Episodes) -> Tasks:
@@ -114,19 +140,16 @@ def rows(quick: bool) -> Sequence[Measurable]:
 
 
 def _case(quick: bool) -> Case:
-    problem = Problem(n_tasks=2, quick=quick)
+    problem = Problem(Shape.of(quick=quick), n_tasks=2)
     encoder = problem.network()
-    exact = problem.peer(PLAIN, encoder, torch.float64)()
     peers = tuple(Contender(name, problem.peer(name, encoder)) for name in (PLAIN, *BATCHED))
-    bound = convolution_bound(9 * problem.widths[-1], N_CONVS_DEEP)
-    expected = {name: behind_kinks(value, bound, N_KINKS_DEEP) for name, value in exact.items()}
     n_support, n_query = problem.episodes.support.numel(), problem.episodes.query.numel()
     return Case(
         ours=Contender("ours", problem.ours(encoder)),
         peers=peers,
         against=(Against((PLAIN,), Target(4, 6)), Against(BATCHED, Target(2, 3))),
-        expected=expected | {"loss": Expected(exact["loss"], bound)},
+        expected=problem.expected(encoder),
         # Backward of the queries: the images' gradients and the weights', as much again each.
-        flops=direct_flops(problem.widths, PIXELS) * (n_support + 3 * n_query),
+        flops=direct_flops(problem.shape.widths, PIXELS) * (n_support + 3 * n_query),
         why_not_native=native_backend()[1],
     )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -172,13 +172,39 @@ class MetaTrain(_Run):
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Mean accuracy ± 95 % interval over test tasks, of a pre-trained or a meta-trained model."""
+class Embed:
+    """Embed every image of a split once, into a file that `evaluate --embeddings` tests without images."""
 
     checkpoint: Path
-    """Model file, or run folder, of `pretrain` (a fresh head is fitted) or `meta-train`."""
+    """Model file, or run folder, of `pretrain` or `meta-train`."""
+    output: Path
+    """File to write, such as features.safetensors."""
     data: str | None = None
     """Another data source than the one trained on."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which split."""
+    mirror: bool = False
+    """Embed the mirror images as well, for evaluation.mirror-support."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+
+    def run(self) -> None:
+        from .training.embeddings import embed_split
+
+        store = embed_split(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+        print(f"embeddings: {self.output} ({store.n_images} images, {store.n_classes} classes)")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Mean accuracy ± 95 % interval over test tasks, of a pre-trained or a meta-trained model, or of features."""
+
+    checkpoint: Path | None = None
+    """Model file, or run folder, of `pretrain` (a fresh head is fitted) or `meta-train`."""
+    embeddings: Path | None = None
+    """Instead of a model: features of `mtl-fast embed` or from elsewhere, tensors `features` [N, D] and `labels` [N]."""
+    data: str | None = None
+    """Another data source than the one trained on; normalised as in training."""
     n_way: int | None = None
     """Classes a task; by default as trained."""
     n_shot: int | None = None
@@ -189,6 +215,10 @@ class Evaluate:
     """Steps of the inner loop; by default the model's."""
     inner_lr: float | None = None
     """Its step size; by default the model's."""
+    head: Literal["learned", "zeros"] = "learned"
+    """Where heads start: as meta-learned, where they were, or from zeros, for any number of classes."""
+    by_step: bool = False
+    """Accuracy after each step of the inner loop too; with an output also as CSV and picture."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     """Seed of the test tasks."""
@@ -196,11 +226,18 @@ class Evaluate:
     """`auto`, `cpu`, `cuda`, …"""
     output: Path | None = None
     """Folder for evaluation.json and the accuracy of each task; None writes nothing."""
+    resume: bool = False
+    """Go on where a test in the output folder stopped, and put together what its shards did."""
+    shard: str | None = None
+    """I/N: score only share I of N; then `--resume` without it gives the result of all."""
 
     def run(self) -> None:
         from .training.evaluate import evaluate_model
 
-        print(evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__}))
+        score = evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+        print(score)
+        if self.by_step:
+            print(score.steps_text())
 
 
 def commands(config: Config) -> dict[str, Any]:
@@ -215,7 +252,8 @@ def commands(config: Config) -> dict[str, Any]:
         "demo": Demo(),
         "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain),
         "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
-        "evaluate": Evaluate(tyro.MISSING),
+        "evaluate": Evaluate(),
+        "embed": Embed(tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "build": Build(),
         "doctor": Doctor(),

@@ -146,6 +146,8 @@ class EvaluationConfig:
     """Test episodes."""
     split: Literal["train", "val", "test"] = "test"
     """Which split the episodes come from."""
+    mirror_support: bool = False
+    """Support sets also hold each image's mirror image; MTL's TensorFlow recipe doubles the inner rate with it."""
 
 
 @dataclass(frozen=True)

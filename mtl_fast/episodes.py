@@ -14,8 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtl_fast.data.store import ImageStore
+from mtl_fast.data.store import ClassIndex
 from mtl_fast.errors import InputError
+
+_KEYS_AT_ONCE = 2**22  # random numbers that a sampler holds at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class EpisodeSampler:
 
     def __init__(
         self,
-        store: ImageStore,
+        store: ClassIndex,
         n_way: int,
         n_shot: int,
         n_query: int,
@@ -129,10 +131,17 @@ class EpisodeSampler:
 
     def sample(self, n_tasks: int) -> Episodes:
         """`n_tasks` random tasks, on the sampler's device."""
+        at_once = max(1, _KEYS_AT_ONCE // (self.n_classes + self._n_image_keys))
+        drawn = [self._draw(min(at_once, n_tasks - start)) for start in range(0, max(1, n_tasks), at_once)]
+        classes, rows = (torch.cat(column) for column in zip(*drawn, strict=True))
+        return Episodes.from_rows(classes, rows, self.n_shot)
+
+    def _draw(self, n_tasks: int) -> tuple[Tensor, Tensor]:
+        """Classes [n_tasks, n_way] and rows [n_tasks, n_way, n_shot + n_query] of random tasks."""
         keys = _keys(self._generator, n_tasks, self.n_classes + self._n_image_keys, self.device)
         class_keys, image_keys = keys.split([self.n_classes, self._n_image_keys], dim=1)
         classes = class_keys.topk(self.n_way, dim=1).indices
-        return Episodes.from_rows(classes, self._new_rows(classes, image_keys), self.n_shot)
+        return classes, self._new_rows(classes, image_keys)
 
     def sample_classes(self, classes: Tensor) -> Episodes:
         """Tasks of the given `classes` int64 [T, n_way] (distinct in each task), with random images."""
@@ -288,7 +297,7 @@ def _check_classes(classes: Tensor, n_way: int) -> None:
         raise ValueError(f"classes: expected int64 [T, {n_way}], got {classes.dtype} {list(classes.shape)}")
 
 
-def _check_enough(store: ImageStore, n_way: int, n_shot: int, n_query: int) -> None:
+def _check_enough(store: ClassIndex, n_way: int, n_shot: int, n_query: int) -> None:
     if store.n_classes < n_way:
         raise InputError(
             f"{store.name}: {store.n_classes} classes, fewer than n_way = {n_way}; lower n_way or add classes"

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bench.__main__ import main
 from bench.accuracy import Expected, behind_kinks, convolution_bound, mismatch, winograd_amplification
 from bench.encoder import rows as encoder_rows
+from bench.evaluate import SHARES, evaluation_case
+from bench.evaluate import Problem as EvaluationProblem
+from bench.evaluate import rows as evaluation_rows
 from bench.fits import rows as fit_rows
 from bench.harness import (
     Against,
@@ -36,6 +40,8 @@ from bench.ops.bench_ss_conv import bare, conv_case
 from bench.ops.bench_ss_conv import rows as conv_rows
 from bench.pretrain import rows as pretrain_rows
 from bench.report import lines_of, text, verdict
+from bench.scaling import NOT_FALLING, throughput
+from bench.scaling import rows as scaling_rows
 from bench.step import rows as step_rows
 from mtl_fast.ops import ConvOperands
 
@@ -214,6 +220,80 @@ def test_every_row_of_the_targets_is_there() -> None:
         "peak memory of a meta-training step",
         "pre-training step",
     ]
+
+
+def test_evaluation_and_scaling_have_the_rows_asked_for() -> None:
+    assert [row.name for row in evaluation_rows(quick=False)] == [
+        "evaluation, 600 tasks, ResNet-12 @ 32",
+        "evaluation, 10,000 tasks, ResNet-12 @ 32",
+    ]
+    axes = ("tasks", "n_shot", "n_way", "inner steps", "features")
+    assert [row.name for row in scaling_rows(quick=False)] == [
+        f"scaling, {what}, {axis}" for what in ("meta-training step", "fit and predict") for axis in axes
+    ]
+
+
+def test_a_share_of_the_work_stands_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.harness._sample", lambda contender, n_calls: 2.0)
+    whole, quarter = returning(ONE), replace(returning(ONE, "a"), share=0.25)
+    times, _ = interleaved([whole, quarter], QUICK)
+    assert times == {"ours": [2.0] * 3, "a": [8.0] * 3}
+
+
+def test_plain_evaluation_is_timed_with_tasks_spread_over_all() -> None:
+    problem = EvaluationProblem.make(30, quick=True)
+    assert problem.episodes[problem.every].n_tasks == problem.n_sampled == 3
+    assert torch.equal(problem.episodes[problem.every].support, problem.episodes.support[[0, 10, 20]])
+    n_distinct = len(torch.cat([problem.episodes.support, problem.episodes.query], dim=1).unique())
+    assert problem.factor == 30 * 5 * 16 / n_distinct
+    case = evaluation_case(problem, quick=True)
+    assert {peer.share for peer in case.peers} == {0.1}
+    assert case.ours.share == 1
+    for against in case.against:
+        assert against.target == Target(SHARES.must * problem.factor, SHARES.aim * problem.factor)
+    row = Row("wrong", lambda: evaluation_case(problem, quick=True, ours=lambda: torch.zeros(3, 75, 5)))
+    (line,) = row.measure(QUICK)
+    assert line.refused.startswith("ours: logits is off by 1.0e+00")
+
+
+def test_falling_throughput_is_found_wherever_it_falls() -> None:
+    def line(n_tasks: int, *values: float) -> Line:
+        return Line("a row", values=values, details={"value": n_tasks})
+
+    rising = throughput("step", [line(1, 1.0, 1.1), line(2, 2.0, 2.2), line(4, 2.0, 2.1)])
+    assert rising.values == pytest.approx((1.0, 2.1 / 2.2))
+    falling = throughput("step", [line(1, 4.0), line(2, 2.0), line(4, 5.0)])
+    assert (falling.values, falling.ours, falling.peer) == ((0.5,), "2 tasks", "(1)")
+    assert "must ≥ 0.97× MISSED" in verdict(NOT_FALLING, 0.5, "×")
+
+
+def test_scaling_runs_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "scaling.jsonl"
+    assert main(["scaling", "--quick", "--rows", "tasks", "--threads", "1", "--output", str(file)]) == 0
+    assert "refused" not in capsys.readouterr().out
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [(line["details"].get("axis"), line["details"].get("value")) for line in lines] == [
+        ("tasks", 1),
+        ("tasks", 2),
+        (None, None),
+        ("tasks", 1),
+        ("tasks", 4),
+        (None, None),
+    ]
+    assert lines[1]["unit"] == " tasks/s"
+    seconds = lines[1]["details"]["seconds"]
+    assert lines[1]["values"] == pytest.approx([2 / s for s in seconds])
+    with Image.open(file.with_suffix(".png")) as drawn:
+        assert drawn.width == 1600
+
+
+def test_evaluation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--quick", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("images embedded plainly for a distinct one; plain sides extrapolated from 3 tasks")
+        == 2
+    )
 
 
 def test_families_end_with_their_mean(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

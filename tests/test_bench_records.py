@@ -18,6 +18,7 @@ from bench.records import append, key, latest, line_of, measured, read, record, 
 SETTINGS = Settings(rounds=7)
 LINE = Line(
     "fit and predict, first order, 1-shot, 100 steps",
+    source="fit and predict, first order, 1-shot, 100 steps",
     against="plain",
     peers=("plain", "other"),
     ours="1 ms",

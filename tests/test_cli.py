@@ -260,6 +260,11 @@ def test_what_cannot_be_tested_is_named(runs: Path, tmp_path: Path, refuses: Ref
     refuses(evaluate("--n-shot=0"), "n_shot is 0")
     refuses(evaluate("--inner-lr=-1"), "inner.lr is -1.0")
     refuses(evaluate("--device=gpu"), "device 'gpu' is unknown", "cpu")
+    refuses(evaluate("--shard=3/2", "--output", str(tmp_path / "shards")), "--shard 3/2: expected I/N")
+    refuses(["evaluate"], "give either --checkpoint", "--embeddings")
+    refuses(
+        ["evaluate", "--embeddings", str(runs / "pre" / "log.csv")], "log.csv: cannot be read as safetensors"
+    )
     if not torch.cuda.is_available():
         refuses(evaluate("--device=cuda"), "sees no CUDA device", "--device cpu")
 
@@ -309,14 +314,14 @@ def test_a_loss_that_is_not_finite_says_what_to_try(
 
 
 def test_an_option_that_does_not_exist_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["pretrain", "--output", "x", "--epochs=3"], ["evaluate"], ["fly"], []):
+    for arguments in (["pretrain", "--output", "x", "--epochs=3"], ["embed"], ["fly"], []):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
         assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "pretrain", "meta-train", "evaluate", "results"])
+@pytest.mark.parametrize("command", ["demo", "pretrain", "meta-train", "evaluate", "embed", "results"])
 def test_help_names_every_option_with_its_meaning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -328,6 +333,7 @@ def test_help_names_every_option_with_its_meaning(command: str, capsys: pytest.C
         "pretrain": ("--pretrain.batch-size INT", "Images an update"),
         "meta-train": ("--meta.hard {none,resample,reuse}", "Hard-task meta-batch"),
         "evaluate": ("--n-shot {None}|INT", "Support images a class"),
+        "embed": ("--mirror", "Embed the mirror images as well"),
         "demo": ("--resume", "Go on where a demo"),
         "results": ("--seeds", "seed"),
     }.items():

@@ -59,6 +59,7 @@ PAPER = {
     "meta.images_per_chunk": None,
     "evaluation.n_tasks": 600,
     "evaluation.split": "test",
+    "evaluation.mirror_support": False,
 }
 
 

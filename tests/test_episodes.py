@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mtl_fast import episodes
 from mtl_fast.episodes import Episodes
 from mtl_fast.errors import InputError
 from tests.episode_cases import (
@@ -47,6 +48,22 @@ def test_tasks_do_not_depend_on_batching():
     # And as many tasks as make torch draw by another path, if it has one.
     sampler = make_sampler(seed=3)
     assert_equal(make_sampler(seed=3).sample(3000)[2999:], [sampler.sample(1) for _ in range(3000)][-1])
+
+
+def test_many_tasks_take_bounded_memory(monkeypatch):
+    whole, sizes = make_sampler().sample(10), []
+
+    def keys(generator, n_tasks, n_keys, device):
+        sizes.append(n_tasks * n_keys)
+        return original(generator, n_tasks, n_keys, device)
+
+    original = episodes._keys
+    monkeypatch.setattr(episodes, "_keys", keys)
+    for bound, n_draws in ((1, 10), (3 * (7 + 3 * 30), 4), (10**6, 1)):
+        sizes.clear()
+        monkeypatch.setattr(episodes, "_KEYS_AT_ONCE", bound)
+        assert_equal(make_sampler().sample(10), whole)
+        assert (len(sizes), max(sizes) <= max(bound, 7 + 3 * 30)) == (n_draws, True)
 
 
 def test_seed_decides():

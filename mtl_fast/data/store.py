@@ -5,13 +5,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mtl_fast.data.arrays import Layout, code_labels, pairs_of, uint8_images
 from mtl_fast.errors import InputError
+
+
+class ClassIndex(Protocol):
+    """What drawing episodes takes: which rows each class owns; attributes as those of `ImageStore`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def n_classes(self) -> int: ...
+    @property
+    def n_images(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def class_counts(self) -> Tensor: ...
+    @property
+    def class_index(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,7 +73,7 @@ class ImageStore:
                 f"labels: class {empty} ({self.class_names[empty]!r}) of {self.n_classes} has no image"
             )
         object.__setattr__(self, "class_counts", counts)
-        object.__setattr__(self, "class_index", _rows_by_class(self.labels, counts))
+        object.__setattr__(self, "class_index", rows_by_class(self.labels, counts))
 
     def _check(self) -> None:
         images, labels = self.images, self.labels
@@ -172,7 +191,7 @@ class ImageStore:
         )
 
 
-def _rows_by_class(labels: Tensor, counts: Tensor) -> Tensor:
+def rows_by_class(labels: Tensor, counts: Tensor) -> Tensor:
     """int64 [C, max(counts)]: the positions of each label in ascending order, padded with -1."""
     order = torch.argsort(labels, stable=True)
     position = torch.arange(int(counts.max()), device=labels.device)

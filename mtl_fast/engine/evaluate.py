@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,10 +11,13 @@ from torch import Tensor
 
 from ..data.store import ImageStore
 from ..episodes import Episodes
+from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
-from ..ops.base_learner import base_learner
+from ..ops.base_learner import base_learner, query_logits_by_step
 from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
+
+_LOGITS_IN_FLIGHT = 2**24  # numbers that `accuracy_by_step` holds at a time
 
 
 class Evaluation(NamedTuple):
@@ -25,27 +30,112 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def embed_rows(
-    encoder: Encoder, store: ImageStore, rows: Tensor, preprocess: Preprocess, *, images_per_chunk: int = 256
+    encoder: Encoder,
+    store: ImageStore,
+    rows: Tensor,
+    preprocess: Preprocess,
+    *,
+    mirrored: Tensor | None = None,
+    images_per_chunk: int = 256,
 ) -> Tensor:
-    """Features [B, D] of rows [B] of the store, with the stored statistics."""
+    """Features [B, D] of rows [B] of the store, with the stored statistics.
+
+    Args:
+        encoder: in evaluation mode.
+        store: where `rows` point to.
+        rows: int64 [B].
+        preprocess: as in training.
+        mirrored: bool [B], images to mirror left to right; None: no image.
+        images_per_chunk: images embedded together.
+
+    Raises:
+        ValueError: the encoder is in training mode and has dropout.
+    """
     require_evaluation_mode(encoder)
     weights = encoder.refresh()
     dtype = next(encoder.parameters()).dtype
-    return torch.cat(
-        [
-            encoder.embed(preprocess(store, part, dtype), weights=weights).features
-            for part in rows.split(images_per_chunk)
-        ]
-    )
+    features = []
+    for start in range(0, len(rows), images_per_chunk):
+        chunk = slice(start, start + images_per_chunk)
+        images = preprocess(store, rows[chunk], dtype, None if mirrored is None else mirrored[chunk])
+        features.append(encoder.embed(images, weights=weights).features)
+    if not features:
+        return next(encoder.parameters()).new_empty(0, encoder.feature_dim)
+    return torch.cat(features)
 
 
-class EmbeddedEpisodes(NamedTuple):
-    """Features of the distinct images of some episodes, and where each episode finds its own."""
+class DistinctImages(NamedTuple):
+    """The images that some episodes need, each once, and where each episode finds its own among them.
+
+    The rows of the store [R], whether each is mirrored [R] (None: none is), and the places in this list of each
+    task's support images [T, n] and query images [T, m]. With mirrored support n is twice n_way·n_shot: the images,
+    then their mirror images in the same order.
+    """
+
+    rows: Tensor
+    mirrored: Tensor | None
+    support: Tensor
+    query: Tensor
+
+
+def distinct_images(episodes: Episodes, n_images: int, *, mirror_support: bool = False) -> DistinctImages:
+    """The images of the episodes, which index a store of `n_images`; plain ones first, each part in the store's order."""
+    rows, place = _numbered(torch.cat([episodes.support, episodes.query], dim=1), n_images)
+    support, query = place.split([episodes.support.shape[1], episodes.query.shape[1]], dim=1)
+    if not mirror_support:
+        return DistinctImages(rows, None, support, query)
+    mirrored_rows, mirrored_place = _numbered(episodes.support, n_images)
+    mirrored = torch.arange(len(rows) + len(mirrored_rows), device=rows.device) >= len(rows)
+    support = torch.cat([support, len(rows) + mirrored_place], dim=1)
+    return DistinctImages(torch.cat([rows, mirrored_rows]), mirrored, support, query)
+
+
+def _numbered(rows: Tensor, n_images: int) -> tuple[Tensor, Tensor]:
+    """The distinct values [R] of `rows`, ascending, and the place of each of `rows` among them."""
+    needed = torch.zeros(n_images, dtype=torch.bool, device=rows.device)
+    needed[rows] = True
+    return needed.nonzero()[:, 0], (needed.cumsum(0) - 1)[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedEpisodes:
+    """Features of the images of some episodes, and where each episode finds its own.
+
+    Args:
+        episodes: T tasks.
+        features: [R, D].
+        support: int64 [T, n], rows of `features`; n is n_way·n_shot, or twice that with mirrored support.
+        query: int64 [T, n_way·n_query], rows of `features`.
+    """
 
     episodes: Episodes
-    features: Tensor  # [distinct images, D]
-    support: Tensor  # [T, n_way·n_shot], rows of `features`
-    query: Tensor  # [T, n_way·n_query]
+    features: Tensor
+    support: Tensor
+    query: Tensor
+
+    @classmethod
+    def of_store(
+        cls, episodes: Episodes, features: Tensor, mirrored: Tensor | None = None
+    ) -> EmbeddedEpisodes:
+        """Episodes that index `features` [N, D] itself; `mirrored` [N, D], of the mirror images, doubles the support."""
+        if mirrored is None:
+            return cls(episodes, features, episodes.support, episodes.query)
+        support = torch.cat([episodes.support, episodes.support + len(features)], dim=1)
+        return cls(episodes, torch.cat([features, mirrored]), support, episodes.query)
+
+    def __getitem__(self, tasks: slice) -> EmbeddedEpisodes:
+        """The tasks of a slice."""
+        return EmbeddedEpisodes(self.episodes[tasks], self.features, self.support[tasks], self.query[tasks])
+
+    @property
+    def support_labels(self) -> Tensor:
+        """int64 [T, n], 0..n_way-1."""
+        labels = self.episodes.support_labels
+        return labels.repeat(1, self.support.shape[1] // labels.shape[1])
+
+    def batches(self, n: int) -> Iterator[EmbeddedEpisodes]:
+        """The tasks in order, `n` at a time, fewer in the last; an empty batch where there is no task."""
+        return (self[start : start + n] for start in range(0, max(1, self.episodes.n_tasks), n))
 
 
 def embed_episodes(
@@ -54,16 +144,104 @@ def embed_episodes(
     episodes: Episodes,
     preprocess: Preprocess,
     *,
+    mirror_support: bool = False,
     images_per_chunk: int = 256,
 ) -> EmbeddedEpisodes:
     """Embeds each distinct image of the episodes once, with the stored statistics."""
-    sizes = [episodes.support.shape[1], episodes.query.shape[1]]
-    rows, place = torch.cat([episodes.support, episodes.query], dim=1).unique(return_inverse=True)
-    features = embed_rows(encoder, store, rows, preprocess, images_per_chunk=images_per_chunk)
-    return EmbeddedEpisodes(episodes, features, *place.split(sizes, dim=1))
+    rows, mirrored, support, query = distinct_images(episodes, store.n_images, mirror_support=mirror_support)
+    features = embed_rows(
+        encoder, store, rows, preprocess, mirrored=mirrored, images_per_chunk=images_per_chunk
+    )
+    return EmbeddedEpisodes(episodes, features, support, query)
+
+
+def embedded_parts(
+    encoder: Encoder,
+    store: ImageStore,
+    episodes: Episodes,
+    preprocess: Preprocess,
+    *,
+    norm: NormMode = "frozen",
+    mirror_support: bool = False,
+    images_per_chunk: int = 256,
+) -> Iterator[EmbeddedEpisodes]:
+    """The episodes with their features; arguments and errors as `evaluate`.
+
+    All at once with stored statistics. With `episode` norm, where no two tasks share a feature, a chunk of whole
+    tasks at a time.
+    """
+    if norm != "episode" or not episodes.n_tasks:  # without a task there is nothing to embed
+        yield embed_episodes(
+            encoder,
+            store,
+            episodes,
+            preprocess,
+            mirror_support=mirror_support,
+            images_per_chunk=images_per_chunk,
+        )
+        return
+    require_evaluation_mode(encoder)
+    with torch.no_grad():
+        weights = encoder.refresh(fold=False)
+    n_images = episodes.support.shape[1] * (1 + mirror_support) + episodes.query.shape[1]
+    for part in episodes.chunks(max(1, images_per_chunk // n_images)):
+        yield _embed_apart(encoder, weights, store, part, preprocess, mirror_support)
 
 
 @torch.no_grad()
+def _embed_apart(
+    encoder: Encoder,
+    weights: Sequence[EffectiveWeights | None],
+    store: ImageStore,
+    episodes: Episodes,
+    preprocess: Preprocess,
+    mirror_support: bool,
+) -> EmbeddedEpisodes:
+    """Embeds each task's two splits for it alone, with their own batch statistics."""
+    support, mirrored, query = episodes.support, None, episodes.query
+    if mirror_support:
+        n = support.shape[1]
+        mirrored = (torch.arange(2 * n, device=support.device) >= n).repeat(episodes.n_tasks)
+        support = support.repeat(1, 2)
+    dtype = next(encoder.parameters()).dtype
+    features = [
+        encoder.embed(
+            preprocess(store, rows.flatten(), dtype, flip), n_groups=episodes.n_tasks, weights=weights
+        ).features
+        for rows, flip in ((support, mirrored), (query, None))
+    ]
+    places = torch.arange(support.numel() + query.numel(), device=support.device)
+    own_support, own_query = places.split([support.numel(), query.numel()])
+    return EmbeddedEpisodes(
+        episodes, torch.cat(features), own_support.view_as(support), own_query.view_as(query)
+    )
+
+
+@torch.no_grad()
+def fit_and_predict(
+    embedded: EmbeddedEpisodes,
+    head: LinearHead,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    tasks_per_batch: int = 100,
+    backend: str = "auto",
+) -> Tensor:
+    """Query logits [T, m, n_way] of θ fitted on each episode's support features, many tasks at a time."""
+    return torch.cat(
+        [
+            base_learner(
+                *_operands(batch, head),
+                inner_lr=inner_lr,
+                n_steps=inner_steps,
+                order="first",
+                backend=backend,
+            )
+            for batch in embedded.batches(tasks_per_batch)
+        ]
+    )
+
+
 def fit_and_score(
     embedded: EmbeddedEpisodes,
     head: LinearHead,
@@ -74,15 +252,54 @@ def fit_and_score(
     backend: str = "auto",
 ) -> Evaluation:
     """Fits θ on each episode's support features, many tasks at a time, and scores its query features."""
-    parts = []
-    for start, part in enumerate(embedded.episodes.chunks(tasks_per_batch)):
-        tasks = slice(start * tasks_per_batch, (start + 1) * tasks_per_batch)
-        support, query = (embedded.features[place[tasks]] for place in (embedded.support, embedded.query))
-        parts.append(_score(part, support, query, head, inner_lr, inner_steps, backend))
-    return _joined(parts)
+    logits = fit_and_predict(
+        embedded,
+        head,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        tasks_per_batch=tasks_per_batch,
+        backend=backend,
+    )
+    episodes = embedded.episodes
+    by_class = class_accuracy(logits, episodes.query_labels, episodes.n_way)
+    return Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
 
 
 @torch.no_grad()
+def accuracy_by_step(
+    embedded: EmbeddedEpisodes,
+    head: LinearHead,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    tasks_per_batch: int = 100,
+    backend: str = "auto",
+) -> Tensor:
+    """Query accuracy [T, inner_steps + 1] of each task after 0, 1, …, inner_steps steps, all from one fit.
+
+    Memory stays bounded whatever the number of tasks and steps: fewer tasks are fitted together where logits of all
+    steps would exceed 64 MiB.
+    """
+    episodes = embedded.episodes
+    per_task = (inner_steps + 1) * episodes.query.shape[1] * episodes.n_way
+    found = []
+    for batch in embedded.batches(min(tasks_per_batch, max(1, _LOGITS_IN_FLIGHT // per_task))):
+        logits = query_logits_by_step(
+            *_operands(batch, head), inner_lr=inner_lr, n_steps=inner_steps, backend=backend
+        )
+        # [S + 1, T, m] -> [T, S + 1]
+        # The first of equal ones, as argmax says, ten times as fast over strided classes.
+        correct = logits.max(dim=-1).indices == batch.episodes.query_labels
+        found.append(correct.to(torch.float32).mean(dim=-1).T)
+    return torch.cat(found)
+
+
+def _operands(batch: EmbeddedEpisodes, head: LinearHead) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of the base-learner: support, its labels, query, weight and bias."""
+    support, query = batch.features[batch.support], batch.features[batch.query]
+    return support, batch.support_labels, query, head.weight, head.bias
+
+
 def evaluate(
     encoder: Encoder,
     head: LinearHead,
@@ -93,6 +310,7 @@ def evaluate(
     inner_lr: float,
     inner_steps: int,
     norm: NormMode = "frozen",
+    mirror_support: bool = False,
     tasks_per_batch: int = 100,
     images_per_chunk: int = 256,
     backend: str = "auto",
@@ -101,6 +319,7 @@ def evaluate(
 
     With `frozen` or `running` norm every distinct image of the episodes is embedded once, whatever their
     number; `episode` norm depends on the task, so there each task's two splits are embedded for it alone.
+    Tasks a to b alone are those of ``episodes[a:b]``, which may be none.
 
     Args:
         encoder, head: Θ with Φ, and θ; the encoder must be in evaluation mode.
@@ -109,6 +328,8 @@ def evaluate(
         preprocess: as in training.
         inner_lr, inner_steps: of the base-learner at test time.
         norm: as in training.
+        mirror_support: the support set holds each of its images mirrored as well. `inner_lr` is against the mean
+            loss of them all.
         tasks_per_batch: heads fitted together.
         images_per_chunk: images embedded together (`episode`: as many whole tasks as fit, at least one).
         backend: of the base-learner.
@@ -116,9 +337,8 @@ def evaluate(
     Raises:
         ValueError: the encoder is in training mode and has dropout.
     """
-    if norm != "episode":
-        embedded = embed_episodes(encoder, store, episodes, preprocess, images_per_chunk=images_per_chunk)
-        return fit_and_score(
+    parts = [
+        fit_and_score(
             embedded,
             head,
             inner_lr=inner_lr,
@@ -126,45 +346,14 @@ def evaluate(
             tasks_per_batch=tasks_per_batch,
             backend=backend,
         )
-    require_evaluation_mode(encoder)
-    weights = encoder.refresh(fold=False)
-    n_images = episodes.support.shape[1] + episodes.query.shape[1]
-    parts = []
-    for part in episodes.chunks(max(1, images_per_chunk // n_images)):
-        support, query = (
-            encoder.embed(
-                preprocess(store, rows.flatten(), head.weight.dtype), n_groups=part.n_tasks, weights=weights
-            ).features.unflatten(0, rows.shape)
-            for rows in (part.support, part.query)
+        for embedded in embedded_parts(
+            encoder,
+            store,
+            episodes,
+            preprocess,
+            norm=norm,
+            mirror_support=mirror_support,
+            images_per_chunk=images_per_chunk,
         )
-        parts.append(_score(part, support, query, head, inner_lr, inner_steps, backend))
-    return _joined(parts)
-
-
-def _score(
-    part: Episodes,
-    support: Tensor,
-    query: Tensor,
-    head: LinearHead,
-    inner_lr: float,
-    inner_steps: int,
-    backend: str,
-) -> Evaluation:
-    """[T, n, D] support and [T, m, D] query features → the tasks' accuracies and predictions."""
-    logits = base_learner(
-        support,
-        part.support_labels,
-        query,
-        head.weight,
-        head.bias,
-        inner_lr=inner_lr,
-        n_steps=inner_steps,
-        order="first",
-        backend=backend,
-    )
-    by_class = class_accuracy(logits, part.query_labels, part.n_way)
-    return Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
-
-
-def _joined(parts: list[Evaluation]) -> Evaluation:
+    ]
     return Evaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -35,11 +35,17 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, store: ImageStore, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [B] of the store → [B, 3, H, W]."""
+    def __call__(
+        self,
+        store: ImageStore,
+        rows: Tensor,
+        dtype: torch.dtype = torch.float32,
+        mirrored: Tensor | None = None,
+    ) -> Tensor:
+        """Rows [B] of the store → [B, 3, H, W], those of `mirrored` (bool [B]) left to right."""
         device = store.images.device
         mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
-        return images(store.images, rows, mean=mean, std=std, dtype=dtype)
+        return images(store.images, rows, mean=mean, std=std, flip=mirrored, dtype=dtype)
 
 
 class StepOutput(NamedTuple):
@@ -52,7 +58,7 @@ class StepOutput(NamedTuple):
 def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
     """Query accuracy of each class, [T, n_way]; queries are class-major, as `Episodes` holds them."""
     correct = (logits.argmax(dim=-1) == labels).to(torch.float32)
-    return correct.view(len(labels), n_way, -1).mean(dim=-1)
+    return correct.view(len(labels), n_way, labels.shape[1] // n_way).mean(dim=-1)
 
 
 def require_evaluation_mode(encoder: Encoder) -> None:

@@ -65,6 +65,11 @@ def convergence_figure(
     _panels(Path(path), curves, x_label, "validation accuracy, %", log=False)
 
 
+def steps_figure(path: str | Path, curves: Mapping[str, Mapping[str, Curve]]) -> None:
+    """Accuracy against the steps of the inner loop; arguments and errors as `convergence_figure`."""
+    _panels(Path(path), curves, "inner steps", "accuracy, %", log=False)
+
+
 def rate_sensitivity_figure(
     path: str | Path, data: Mapping[str, Mapping[str, Curve]], *, x_label: str = "meta learning rate"
 ) -> None:

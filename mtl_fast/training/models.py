@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config, EncoderConfig
+from ..data import load_split
 from ..data.store import ImageStore
-from ..engine.step import Preprocess
+from ..engine.step import NormMode, Preprocess
 from ..errors import InputError
 from ..nn import Conv4, Encoder, LinearHead, ResNet12
 from ..random_streams import RandomStreams
@@ -136,6 +137,11 @@ class Model:
     meta: dict[str, Any]
     path: Path
 
+    @property
+    def norm(self) -> NormMode:
+        """Statistics of the norms at test; a pre-trained network has its stored ones."""
+        return "frozen" if self.head is None else self.config.meta.norm
+
 
 def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Tensor]:
     """All tensors of a model under `encoder.` and `head.`, detached copies on the CPU."""
@@ -167,7 +173,10 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names and bits, to tell one set of weights from another."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode()
+            + tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -226,6 +235,29 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", kind: st
     encoder.eval()
     encoder.freeze()
     return Model(config, encoder.to(device), head, meta["image_size"], meta, path)
+
+
+def split_for(model: Model, data: str | None, split: str) -> ImageStore:
+    """A split that `model` can be tested on, its images of the size that the model was trained on.
+
+    Args:
+        model: the model.
+        data: where the images come from, brought to that size; None: the data that the model was trained on.
+        split: which split.
+
+    Raises:
+        InputError: the data are missing or damaged, or those of training have another size now.
+    """
+    config = model.config.data
+    size = config.image_size or (None if data is None else model.image_size)
+    store = load_split(data or config.source, split, size)
+    if store.image_size != (model.image_size, model.image_size):
+        height, width = store.image_size
+        raise InputError(
+            f"{store.name}: images are {width}×{height} pixels, {model.path} was trained on "
+            f"{model.image_size}×{model.image_size}; name the data with --data, and they are resized"
+        )
+    return store
 
 
 def new_head(config: Config, encoder: Encoder, streams: RandomStreams) -> LinearHead:

@@ -144,7 +144,20 @@ def demo(folder: Path, resume: str = "") -> None:
     folder.with_suffix(".table").write_text(table)
 
 
-JOBS = {"pretrain": pretrain, "meta-train": meta_train, "demo": demo}
+def evaluate(folder: Path, model: str, resume: str = "") -> None:
+    """A test of 23 tasks in pieces of 5 tasks and of 60 images."""
+    from mtl_fast.config import EvaluationConfig
+    from mtl_fast.training import models, scoring
+    from mtl_fast.training.evaluate import evaluate_model
+    from tests.training import tiny
+
+    models.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
+    scoring.TASKS_PER_PART, scoring.IMAGES_PER_PART = 5, 60
+    tasks = EvaluationConfig(n_tasks=23)
+    evaluate_model(model, evaluation=tasks, by_step=True, device="cpu", output=folder, resume=bool(resume))
+
+
+JOBS = {"pretrain": pretrain, "meta-train": meta_train, "demo": demo, "evaluate": evaluate}
 
 
 def do(job: str, folder: str, die: str = "", **arguments: str) -> int:

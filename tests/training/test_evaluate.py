@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 
 from mtl_fast.config import EvaluationConfig
 from mtl_fast.data.store import ImageStore
+from mtl_fast.engine import Preprocess
 from mtl_fast.episodes import Episodes
 from mtl_fast.errors import InputError
-from mtl_fast.training import checkpoint, evaluate
+from mtl_fast.training import checkpoint, evaluate, models, scoring
+from mtl_fast.training.embeddings import embed_split
 from mtl_fast.training.evaluate import Score, drawn_episodes, evaluate_model, score
 from mtl_fast.training.models import load_model
 from mtl_fast.training.statistics import mean_interval
@@ -31,7 +35,7 @@ def _tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
             return tiny.a_store("bigger", 5, size=20 if size is None else size)
         return tiny.split(split)
 
-    monkeypatch.setattr(evaluate, "load_split", load)
+    monkeypatch.setattr(models, "load_split", load)
 
 
 def tasks_of(monkeypatch: pytest.MonkeyPatch) -> list[Episodes]:
@@ -91,15 +95,15 @@ def test_a_pretrained_model_gets_a_fresh_head_of_any_shape(
 
 def test_what_is_not_said_is_as_trained(meta_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    original = evaluate.evaluate
+    original = scoring.fit_and_score
 
     def spy(*arguments: Any, **options: Any) -> Any:
         asked.update(options)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "evaluate", spy)
+    monkeypatch.setattr(scoring, "fit_and_score", spy)
     evaluate_model(meta_trained, evaluation=TASKS)
-    assert (asked["inner_lr"], asked["inner_steps"], asked["norm"]) == (0.05, 5, "frozen")
+    assert (asked["inner_lr"], asked["inner_steps"]) == (0.05, 5)
     evaluate_model(meta_trained, inner_lr=0.2, inner_steps=0, n_shot=2, evaluation=TASKS)
     assert (asked["inner_lr"], asked["inner_steps"]) == (0.2, 0)
 
@@ -123,7 +127,7 @@ def test_files_hold_the_score_and_each_task(meta_trained: Path, tmp_path: Path) 
     assert summary["mean"] == pytest.approx(float(result.task_accuracy.double().mean()))
     assert summary["interval95"] == result.interval.half
     assert (summary["n_tasks"], summary["seed"], summary["model"]) == (12, 3, str(meta_trained))
-    assert summary["config"]["evaluation"] == {"n_tasks": 12, "split": "test"}
+    assert summary["config"]["evaluation"] == {"n_tasks": 12, "split": "test", "mirror_support": False}
     # Once more into the same folder replaces both.
     evaluate_model(meta_trained, evaluation=EvaluationConfig(n_tasks=4), output=folder)
     assert json.loads((folder / "evaluation.json").read_text())["n_tasks"] == 4
@@ -135,7 +139,7 @@ def test_other_data_are_brought_to_the_size_of_the_model(meta_trained: Path) -> 
 
 
 def test_data_that_changed_their_size_are_named(meta_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_split", lambda *_: tiny.a_store("grown", 0, size=20))
+    monkeypatch.setattr(models, "load_split", lambda *_: tiny.a_store("grown", 0, size=20))
     with pytest.raises(
         InputError, match=r"grown: images are 20×20 pixels, .* was trained on 16×16; .*--data"
     ):
@@ -167,10 +171,145 @@ def test_an_output_that_is_a_file_is_named_before_the_work(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(scoring, "fit_and_score", lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(InputError, match="cannot make this folder"):
         evaluate_model(meta_trained, evaluation=TASKS, output=file)
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("mirror", [False, True], ids=["plain", "mirrored"])
+def test_saved_features_give_the_score_of_the_model(
+    mirror: bool, meta_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = replace(TASKS, mirror_support=mirror)
+    expected = evaluate_model(meta_trained, evaluation=evaluation, n_shot=2, inner_lr=0.2, device="cpu")
+    file = tmp_path / "f.safetensors"
+    embed_split(meta_trained, file, mirror=mirror, device="cpu")
+    monkeypatch.setattr(models, "load_split", lambda *_: pytest.fail("images"))
+    found = evaluate_model(embeddings=file, evaluation=evaluation, n_shot=2, inner_lr=0.2, device="cpu")
+    assert torch.equal(found.task_accuracy, expected.task_accuracy)
+    assert str(found) == str(expected).replace(" tasks:", f" tasks of {file}:")
+    assert found.config.inner == expected.config.inner
+
+
+def test_features_keep_their_split_and_take_the_settings_of_their_model(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    embed_split(pretrained, tmp_path / "f.safetensors", split="val", device="cpu")
+    found = evaluate_model(embeddings=tmp_path / "f.safetensors", evaluation=TASKS, device="cpu")
+    assert found.config.evaluation.split == "val"
+    assert (found.config.inner, found.config.episodes) == (CONFIG.inner, CONFIG.episodes)
+    expected = evaluate_model(pretrained, evaluation=replace(TASKS, split="val"), device="cpu")
+    assert torch.equal(found.task_accuracy, expected.task_accuracy)
+
+
+def test_features_from_elsewhere_are_tested_too(tmp_path: Path) -> None:
+    labels = torch.arange(6).repeat_interleave(10)
+    features = torch.eye(6)[labels] + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    safetensors.torch.save_file({"features": features, "labels": labels}, tmp_path / "f.safetensors")
+    found = evaluate_model(
+        embeddings=tmp_path / "f.safetensors", n_query=9, inner_lr=1.0, evaluation=TASKS, device="cpu"
+    )
+    assert found.interval.mean == 1.0
+    assert found.task_accuracy.shape == (12,)
+
+
+def test_mirrored_support_is_a_setting(meta_trained: Path) -> None:
+    mirrored = replace(TASKS, mirror_support=True)
+    options: dict[str, Any] = {"n_shot": 3, "inner_steps": 50, "inner_lr": 0.5, "device": "cpu"}
+    found = evaluate_model(meta_trained, evaluation=mirrored, **options)
+    model, store = load_model(meta_trained), tiny.split("test")
+    expected, _ = score(model, found.config, store, drawn_episodes(found.config, store))
+    assert torch.equal(found.task_accuracy, expected.task_accuracy)
+    plain = evaluate_model(meta_trained, evaluation=TASKS, **options)
+    assert not torch.equal(found.task_accuracy, plain.task_accuracy)
+
+
+def test_a_fresh_head_is_of_any_n_way(meta_trained: Path) -> None:
+    found = evaluate_model(meta_trained, n_way=6, head="zeros", evaluation=TASKS, device="cpu")
+    assert found.config.episodes.n_way == 6
+    # No step from zeros: always the first class.
+    idle = evaluate_model(meta_trained, head="zeros", inner_steps=0, evaluation=TASKS, device="cpu")
+    assert idle.task_accuracy.tolist() == pytest.approx([1 / 3] * 12)
+    learned = evaluate_model(meta_trained, inner_steps=0, evaluation=TASKS, device="cpu")
+    assert not torch.equal(learned.task_accuracy, idle.task_accuracy)
+
+
+def test_other_data_are_named_and_normalised_as_in_training(
+    meta_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    original = scoring.embed_rows
+
+    def spy(encoder: Any, store: Any, rows: Any, preprocess: Any, **options: Any) -> Any:
+        seen.append((store.name, preprocess))
+        return original(encoder, store, rows, preprocess, **options)
+
+    monkeypatch.setattr(scoring, "embed_rows", spy)
+    found = evaluate_model(meta_trained, data="bigger", evaluation=TASKS, output=tmp_path, device="cpu")
+    assert str(found).startswith("3-way 1-shot, 12 test tasks of bigger (trained on tiny): ")
+    assert seen == [("bigger", Preprocess(CONFIG.data.mean, CONFIG.data.std))]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["data"] == "bigger (trained on tiny)"
+    # The data trained on need no name.
+    same = evaluate_model(meta_trained, data="tiny", evaluation=TASKS, device="cpu")
+    assert str(same).startswith("3-way 1-shot, 12 test tasks: ")
+
+
+def test_every_step_comes_with_its_interval(meta_trained: Path, tmp_path: Path) -> None:
+    found = evaluate_model(
+        meta_trained, by_step=True, inner_steps=6, evaluation=TASKS, output=tmp_path, device="cpu"
+    )
+    assert found.accuracy_by_step is not None
+    assert found.accuracy_by_step.shape == (12, 7)
+    for n_steps in (0, 3, 6):
+        alone = evaluate_model(meta_trained, inner_steps=n_steps, evaluation=TASKS, device="cpu")
+        torch.testing.assert_close(found.accuracy_by_step[:, n_steps], alone.task_accuracy)
+        assert found.steps[n_steps].mean == pytest.approx(alone.interval.mean)
+        assert found.steps[n_steps].half == pytest.approx(alone.interval.half)
+    shown = ", ".join(f"{i}: {found.steps[i]}" for i in (0, 1, 2, 5, 6))
+    assert found.steps_text() == f"by inner steps: {shown} %"
+    summary = json.loads((tmp_path / "evaluation.json").read_text())
+    assert summary["by_step"]["mean"] == [step.mean for step in found.steps]
+    assert summary["by_step"]["interval95"] == [step.half for step in found.steps]
+    tensors, _ = checkpoint.load(tmp_path / "evaluation.safetensors")
+    assert torch.equal(tensors["accuracy_by_step"], found.accuracy_by_step)
+    lines = (tmp_path / "accuracy_by_step.csv").read_text().splitlines()
+    assert lines[0] == "step,mean,interval95"
+    assert [tuple(map(float, line.split(","))) for line in lines[1:]] == [
+        (i, step.mean, step.half) for i, step in enumerate(found.steps)
+    ]
+    with Image.open(tmp_path / "accuracy_by_step.png") as picture:
+        assert picture.width == 1600
+    # Another test into the same folder does not leave them behind.
+    evaluate_model(meta_trained, evaluation=TASKS, output=tmp_path, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "give either --checkpoint, a model file, or --embeddings"),
+        ({"checkpoint": "a", "embeddings": "b"}, "give either --checkpoint"),
+        ({"embeddings": "b", "data": "c"}, "--data goes with --checkpoint"),
+        ({"embeddings": "nowhere"}, "nowhere: no such file of embeddings"),
+    ],
+)
+def test_one_thing_is_tested(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        evaluate_model(**options)
+
+
+def test_features_that_do_not_fit_the_test_are_named(meta_trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "f.safetensors"
+    embed_split(meta_trained, file, device="cpu")
+    for options, says in (
+        ({"evaluation": replace(TASKS, mirror_support=True)}, "no features of mirror images.*embed --mirror"),
+        ({"n_way": 5}, "meta-trained for 3 classes a task, --n-way asks for 5; .*--head zeros"),
+        ({"n_way": 8, "head": "zeros"}, "test: 7 classes, fewer than n_way = 8"),
+        ({"n_query": 24}, r"has 24 images .*fewer than n_shot \+ n_query"),
+    ):
+        with pytest.raises(InputError, match=says):
+            evaluate_model(embeddings=file, device="cpu", **({"evaluation": TASKS} | options))
 
 
 def test_episode_norm_is_that_of_training(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,156 @@
+"""What a test is about: a model and the images it is tested on, or features from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import Config, EvaluationConfig
+from ..data.features import FeatureStore
+from ..data.store import ImageStore
+from ..engine.step import NormMode
+from ..errors import InputError
+from ..nn import Encoder, LinearHead
+from .checkpoint import nest
+from .embeddings import load_embeddings
+from .models import device_of, fingerprint, load_model, split_for, weights_of
+
+HeadStart = Literal["learned", "zeros"]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A test's own settings; None takes the model's."""
+
+    n_way: int | None = None
+    n_shot: int | None = None
+    n_query: int | None = None
+    inner_steps: int | None = None
+    inner_lr: float | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    device: str = "auto"
+
+    def over(self, config: Config) -> Config:
+        """The model's settings with these over them.
+
+        Raises:
+            InputError: one is out of its range.
+        """
+        shape: dict[str, Any] = {"n_way": self.n_way, "n_shot": self.n_shot, "n_query": self.n_query}
+        inner: dict[str, Any] = {"lr": self.inner_lr, "test_steps": self.inner_steps}
+        return replace(
+            config,
+            episodes=replace(config.episodes, **{k: v for k, v in shape.items() if v is not None}),
+            inner=replace(config.inner, **{k: v for k, v in inner.items() if v is not None}),
+            evaluation=self.evaluation,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tested, on the device of the test.
+
+    Attributes:
+        file: the model, or the features.
+        config: settings of the test.
+        store: images, with the encoder for them, or features.
+        encoder: None with features.
+        norm: of the encoder.
+        head: where the heads start.
+        where: what a report says of the data; empty for those trained on.
+    """
+
+    file: str
+    config: Config
+    store: ImageStore | FeatureStore
+    encoder: Encoder | None
+    norm: NormMode
+    head: LinearHead
+    where: str = ""
+
+    def facts(self, **more: Any) -> dict[str, Any]:
+        """All that the result depends on, with `more`, for JSON; where it is computed is no part of that."""
+        store = self.store
+        data = {"labels": store.labels}
+        if isinstance(store, ImageStore):
+            data["images"] = store.images
+        else:
+            data["features"] = store.features
+            if store.mirrored is not None:
+                data["mirrored"] = store.mirrored
+        weights = nest("head", self.head.state_dict())
+        if self.encoder is not None:
+            weights |= weights_of(self.encoder)
+        config = dataclasses.asdict(self.config)
+        del config["device"]
+        return {"data": fingerprint(data), "weights": fingerprint(weights), **more, "config": config}
+
+
+def model_subject(
+    checkpoint: str | Path, changes: Changes, *, data: str | None = None, head: HeadStart = "learned"
+) -> Subject:
+    """A model file and a split to test it on.
+
+    Args:
+        checkpoint: the file, or a run's folder.
+        changes: settings of the test.
+        data: another source of images than the one trained on.
+        head: ``zeros`` fits fresh heads though there is a meta-learned one.
+
+    Raises:
+        InputError: no such model, data or device; a head of another n_way; a setting out of its range.
+    """
+    target = device_of(replace(Config(), device=changes.device))
+    model = load_model(checkpoint, device=target)
+    config = changes.over(model.config)
+    start = head_for(model.head, config.episodes.n_way, model.encoder.feature_dim, head, str(checkpoint))
+    store = split_for(model, data, config.evaluation.split)
+    trained_on = model.config.data.source
+    where = "" if data in (None, trained_on) else f"{data} (trained on {trained_on})"
+    return Subject(
+        str(checkpoint), config, store.to(target), model.encoder, model.norm, start.to(target), where
+    )
+
+
+def features_subject(file: str | Path, changes: Changes, *, head: HeadStart = "learned") -> Subject:
+    """A file of features, with the settings of the model that made them.
+
+    Raises:
+        InputError: as `model_subject`; mirrored support is asked for, and the file has no features of mirror images.
+    """
+    target = device_of(replace(Config(), device=changes.device))
+    found = load_embeddings(file, device=target)
+    split = found.meta.get("split", changes.evaluation.split)
+    changes = replace(changes, evaluation=replace(changes.evaluation, split=split))
+    config = changes.over(found.config)
+    if config.evaluation.mirror_support and found.store.mirrored is None:
+        raise InputError(
+            f"{file}: holds no features of mirror images, which mirrored support takes; `mtl-fast embed --mirror` "
+            "makes them"
+        )
+    width = found.store.features.shape[1]
+    start = head_for(found.head, config.episodes.n_way, width, head, str(file))
+    return Subject(str(file), config, found.store, None, "frozen", start.to(target), str(file))
+
+
+def head_for(
+    learned: LinearHead | None, n_way: int, feature_dim: int, start: HeadStart, file: str
+) -> LinearHead:
+    """Where the heads start: the meta-learned head, or zeros where there is none ("update θ") or they are asked for.
+
+    Raises:
+        InputError: the meta-learned head is of another n_way.
+    """
+    if learned is None or start == "zeros":
+        return LinearHead(feature_dim, n_way, init="zeros")
+    if len(learned.bias) != n_way:
+        raise InputError(
+            f"{file}: its head was meta-trained for {len(learned.bias)} classes a task, --n-way asks for {n_way}; "
+            f"start from zeros with --head zeros, or meta-train with --episodes.n-way {n_way}"
+        )
+    return learned
