@@ -44,7 +44,9 @@ class Demo:
 
     def run(self) -> None:
         from .training.demo import demo
+        from .training.ranks import refuse_ranks
 
+        refuse_ranks("demo")
         demo(self.output, quick=self.quick, seed=self.seed, device=self.device, resume=self.resume)
 
 
@@ -64,8 +66,10 @@ class Results:
     """`auto`, `cpu`, `cuda`, …"""
 
     def run(self) -> None:
+        from .training.ranks import refuse_ranks
         from .training.results import results
 
+        refuse_ranks("results")
         results(self.output, self.publish, seeds=self.seeds, workers=self.workers, device=self.device)
 
 
@@ -104,6 +108,9 @@ class Build:
             print(f"ss_conv runs on {why('ss_conv')}")
 
 
+_RANK_TIMEOUT = 600.0
+
+
 @dataclass(frozen=True)
 class Doctor:
     """What is installed, which backend runs each operation and why, a self-test of seconds, and what to do."""
@@ -131,6 +138,8 @@ class _Run:
     """`auto`, `cpu`, `cuda`, …"""
     resume: bool = False
     """Go on where the run in the output folder stopped."""
+    rank_timeout: float = _RANK_TIMEOUT
+    """With torchrun: seconds that one rank may keep the others waiting before the run ends."""
     data: DataConfig
     episodes: EpisodeConfig
     inner: InnerConfig
@@ -150,10 +159,12 @@ class Pretrain(_Run):
 
     def run(self) -> None:
         from .training.pretrain import pretrain
+        from .training.ranks import command_ranks
 
         config = self.config(encoder=self.encoder, pretrain=self.pretrain)
-        path = pretrain(config, self.output, resume=self.resume)
-        print(f"pre-trained encoder: {path}")
+        with command_ranks(self.device, self.rank_timeout) as ranks:
+            path = pretrain(config, self.output, resume=self.resume, ranks=ranks)
+            ranks.say(f"pre-trained encoder: {path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +177,12 @@ class MetaTrain(_Run):
 
     def run(self) -> None:
         from .training.meta_train import meta_train
+        from .training.ranks import command_ranks
 
-        path = meta_train(self.config(meta=self.meta), self.pretrained, self.output, resume=self.resume)
-        print(f"meta-trained model: {path}")
+        config = self.config(meta=self.meta)
+        with command_ranks(self.device, self.rank_timeout) as ranks:
+            path = meta_train(config, self.pretrained, self.output, resume=self.resume, ranks=ranks)
+            ranks.say(f"meta-trained model: {path}")
 
 
 @dataclass(frozen=True)
@@ -196,11 +210,16 @@ class Evaluate:
     """`auto`, `cpu`, `cuda`, …"""
     output: Path | None = None
     """Folder for evaluation.json and the accuracy of each task; None writes nothing."""
+    rank_timeout: float = _RANK_TIMEOUT
+    """With torchrun: seconds that one rank may keep the others waiting before the test ends."""
 
     def run(self) -> None:
         from .training.evaluate import evaluate_model
+        from .training.ranks import command_ranks
 
-        print(evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__}))
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        with command_ranks(self.device, options.pop("rank_timeout")) as ranks:
+            ranks.say(str(evaluate_model(**options, ranks=ranks)))
 
 
 def commands(config: Config) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from ..config import Config, EvaluationConfig
 from ..data import load_split
 from ..data.store import ImageStore
 from ..engine.evaluate import Evaluation, evaluate
+from ..engine.ranks import ALONE, Ranks
 from ..episodes import Episodes, EpisodeSampler
 from ..errors import InputError
 from ..nn import LinearHead
 from ..random_streams import RandomStreams
 from . import checkpoint as files
-from .models import Model, device_of, load_model, preprocess_of
+from .models import Model, device_of, fingerprint, load_model, preprocess_of, weights_of
+from .ranks import require_same_start
 from .run import make_folder, write_text
 from .statistics import Interval, mean_interval
 
@@ -52,8 +54,10 @@ def drawn_episodes(config: Config, store: ImageStore) -> Episodes:
     )
 
 
-def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -> tuple[Score, Evaluation]:
-    """Fits and scores the episodes; a pre-trained model gets a fresh zero head ("update θ")."""
+def score(
+    model: Model, config: Config, store: ImageStore, episodes: Episodes, ranks: Ranks = ALONE
+) -> tuple[Score, Evaluation]:
+    """Fits and scores the episodes, shared out over the ranks; a pre-trained model gets a fresh zero head ("update θ")."""
     head = model.head
     if head is None:
         head = LinearHead(model.encoder.feature_dim, config.episodes.n_way, init="zeros").to(store.device)
@@ -66,6 +70,7 @@ def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -
         inner_lr=config.inner.lr,
         inner_steps=config.inner.test_steps,
         norm=config.meta.norm if model.head is not None else "frozen",
+        ranks=ranks,
     )
     return Score(result.accuracy.cpu(), mean_interval(result.accuracy), config), result
 
@@ -83,44 +88,56 @@ def evaluate_model(
     seed: int = 0,
     device: str = "auto",
     output: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Score:
-    """Tests a model file; every None takes the model's own setting.
+    """Tests a model file; every None takes the model's own setting. The ranks share out the tasks.
 
     Raises:
         InputError: no such model; a head of another n_way; images of another size; a split with too few classes
             or images; an output that cannot be written.
     """
     evaluation = evaluation or EvaluationConfig()
-    target = device_of(replace(Config(), device=device))
-    model = load_model(checkpoint, device=target)
-    config = model.config
-    changes = {"n_way": n_way, "n_shot": n_shot, "n_query": n_query}
-    shape = replace(config.episodes, **{k: v for k, v in changes.items() if v is not None})
-    inner = replace(
-        config.inner,
-        lr=config.inner.lr if inner_lr is None else inner_lr,
-        test_steps=config.inner.test_steps if inner_steps is None else inner_steps,
-    )
-    if model.head is not None and shape.n_way != config.episodes.n_way:
-        raise InputError(
-            f"{checkpoint}: its head was meta-trained for {config.episodes.n_way} classes a task, --n-way asks for "
-            f"{shape.n_way}; meta-train with --episodes.n-way {shape.n_way}, or evaluate the pre-trained encoder"
+    with ranks.together():
+        target = device_of(replace(Config(), device=device)) if ranks.device is None else ranks.device
+        model = load_model(checkpoint, device=target)
+        config = model.config
+        changes = {"n_way": n_way, "n_shot": n_shot, "n_query": n_query}
+        shape = replace(config.episodes, **{k: v for k, v in changes.items() if v is not None})
+        inner = replace(
+            config.inner,
+            lr=config.inner.lr if inner_lr is None else inner_lr,
+            test_steps=config.inner.test_steps if inner_steps is None else inner_steps,
         )
-    config = replace(config, episodes=shape, inner=inner, evaluation=evaluation, seed=seed, device=device)
+        if model.head is not None and shape.n_way != config.episodes.n_way:
+            raise InputError(
+                f"{checkpoint}: its head was meta-trained for {config.episodes.n_way} classes a task, --n-way asks for "
+                f"{shape.n_way}; meta-train with --episodes.n-way {shape.n_way}, or evaluate the pre-trained encoder"
+            )
+        config = replace(config, episodes=shape, inner=inner, evaluation=evaluation, seed=seed, device=device)
+        store = _store_for(model, config, data).to(target)
+        if output is not None and ranks.first:
+            make_folder(output)  # before the work, not after it
+        episodes = drawn_episodes(config, store)
+    weights = {"weights": fingerprint(weights_of(model.encoder, model.head))} if not ranks.alone else {}
+    require_same_start(ranks, config, {evaluation.split: store}, weights)
+    result, _ = score(model, config, store, episodes, ranks)
+    with ranks.together():
+        if output is not None and ranks.first:
+            save_score(output, result, str(checkpoint))
+    return result
+
+
+def _store_for(model: Model, config: Config, data: str | None) -> ImageStore:
+    """The split to test on, of images as the model takes them."""
     size = config.data.image_size or (None if data is None else model.image_size)
-    store = load_split(data or config.data.source, evaluation.split, size).to(target)
+    store = load_split(data or config.data.source, config.evaluation.split, size)
     if store.image_size != (model.image_size, model.image_size):
         height, width = store.image_size
         raise InputError(
             f"{store.name}: images are {width}×{height} pixels, {model.path} was trained on "
             f"{model.image_size}×{model.image_size}; name the data with --data, and they are resized"
         )
-    if output is not None:
-        make_folder(output)  # before the work, not after it
-    result, _ = score(model, config, store, drawn_episodes(config, store))
-    if output is not None:
-        save_score(output, result, str(checkpoint))
-    return result
+    return store
 
 
 def save_score(folder: Path, result: Score, model: str) -> None:

@@ -98,10 +98,8 @@ def test_chunked_equals_unchunked(
     chunked.encoder, chunked.head = copy.deepcopy(whole.encoder), copy.deepcopy(whole.head)
     chunked.images_per_chunk = images_per_chunk
     sizes = []
-    query_logits = chunked.query_logits
-    chunked.query_logits = lambda part, *weights: (sizes.append(part.n_tasks), query_logits(part, *weights))[
-        1
-    ]
+    logits = chunked._logits
+    chunked._logits = lambda part, weights: (sizes.append(part.n_tasks), logits(part, weights))[1]
     before = copy.deepcopy(whole.encoder)
     for start in (0, 5):
         episodes = tasks(small_store, 10)[start : start + 5]
