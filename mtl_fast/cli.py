@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -274,10 +275,24 @@ def parse(arguments: Sequence[str]) -> Any:
     )
 
 
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What is wrong with the arguments, or their help, all processes of torchrun would tell: the first does."""
+    if os.environ.get("RANK", "") in ("", "0"):
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except InputError:
+            sys.exit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 2 for wrong input (one line says what), 130 for Ctrl-C."""
     try:
-        command = parse(list(sys.argv[1:] if arguments is None else arguments))
+        with _told_once():
+            command = parse(list(sys.argv[1:] if arguments is None else arguments))
         from .training.run import Interrupted
 
         try:

@@ -241,7 +241,7 @@ def join(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
     import torch.distributed as dist
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _own_device(device, rank, size)
+    device = own_device(device, rank, size)
     limit = timedelta(seconds=timeout + _GRACE)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
@@ -276,7 +276,12 @@ def join(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
         raise end
 
 
-def _own_device(device: torch.device, rank: int, size: int) -> torch.device:
+def own_device(device: torch.device, rank: int, size: int) -> torch.device:
+    """The GPU of this process's LOCAL_RANK, made current, where `device` is a GPU; else `device`.
+
+    Raises:
+        InputError: as `join`.
+    """
     if device.type != "cuda":
         return device
     if device.index is not None and size > 1:

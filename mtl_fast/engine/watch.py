@@ -34,6 +34,7 @@ class Watch(threading.Thread):
         super().__init__(name="rank watch", daemon=True)
         self.entered = 0
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
+        store.set(f"beat/{rank}", "0 0")
         self._done = threading.Event()
         self._broken = threading.Event()
 
@@ -51,7 +52,8 @@ class Watch(threading.Thread):
                 failed = bool(self._store.check([_FAILED]))
             except RuntimeError as error:  # the store went with the process that held it
                 if not self._done.wait(2 * INTERVAL):
-                    self._end(f"the launcher on the first machine is gone ({_first_line(error)})")
+                    _tell(f"the launcher on the first machine is gone ({_first_line(error)})")
+                    _leave()
                 return
             if failed and not self._done.is_set():
                 _leave()  # the one that wrote it has said why
@@ -93,13 +95,13 @@ class Watch(threading.Thread):
         return ""
 
     def _end(self, verdict: str) -> NoReturn:
-        message = f"{verdict}; {_WAY_ON}"
+        """One rank tells it: the first to write."""
         try:
-            first = self._store.compare_set(_FAILED, "", message).decode() == message
+            first = self._store.compare_set(_FAILED, "", str(self._rank)).decode() == str(self._rank)
         except RuntimeError:
             first = True
         if first:
-            print(f"mtl-fast: error: {message}", file=sys.stderr, flush=True)
+            _tell(verdict)
         _leave()
 
 
@@ -136,6 +138,10 @@ def _ranks(ranks: list[int], size: int) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _tell(verdict: str) -> None:
+    print(f"mtl-fast: error: {verdict}; {_WAY_ON}", file=sys.stderr, flush=True)
 
 
 def _leave() -> NoReturn:

@@ -101,9 +101,9 @@ def ss_block(
     _check.epilogue(epilogue, shape)
     if n_groups:
         _check.groups(x.shape[0], n_groups, mask)
-        _check.gather(gather, n_groups, mask)
     elif mask is not None:
         raise ValueError("mask: only batch statistics take one; give n_groups ≥ 1")
+    _check.gather(gather, n_groups, mask)
     choice = choose(
         "ss_block",
         backend,

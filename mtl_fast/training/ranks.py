@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,9 +35,11 @@ def command_ranks(device: str, timeout: float) -> Iterator[Ranks]:
         timeout: seconds that a rank may keep the others waiting.
 
     Raises:
-        InputError: see `engine.ranks.join`; what the command met.
+        InputError: see `engine.ranks.join`; a timeout that is no time; what the command met.
         SystemExit: on every other rank, with the status that the first one ends with.
     """
+    if not 0 < timeout < math.inf:
+        raise InputError(f"--rank-timeout is {timeout:g}; it must be positive and finite, in seconds")
     first = True
     try:
         with join(device_of(Config(device=device)), timeout) as ranks:
@@ -52,8 +56,11 @@ def refuse_ranks(command: str) -> None:
 
     Raises:
         InputError: `torchrun` started it.
+        SystemExit: it did, and this is not the first rank, which tells it.
     """
     if launched():
+        if os.environ["RANK"] != "0":
+            sys.exit(2)
         raise InputError(
             f"mtl-fast {command} runs in one process; start it without torchrun, which is for pretrain, meta-train "
             "and evaluate"

@@ -25,6 +25,7 @@ from tests.engine.cases import (
     NORMS,
     ORDERS,
     PREPROCESS,
+    TOLERANCE,
     gradients,
     make_encoder,
     make_engine,
@@ -33,8 +34,6 @@ from tests.engine.cases import (
     tasks,
 )
 
-# Twelve layers of about 60 terms, batch statistics of as few as 24 values, and a loss over all of it.
-TOLERANCE = 1000 * 12 * 60**0.5 * torch.finfo(torch.float64).eps
 by_norm = pytest.mark.parametrize("norm", NORMS)
 by_order = pytest.mark.parametrize("order", ORDERS)
 

@@ -183,6 +183,14 @@ def test_the_stream_alone_decides(config: PretrainConfig) -> None:
     assert torch.equal(run(config, 4), first) == (config is PLAIN)
 
 
+@pytest.mark.parametrize("config", [PretrainConfig(), PretrainConfig(crop="shift", jitter=0.0), PLAIN])
+def test_the_parts_of_a_batch_are_the_batch(config: PretrainConfig) -> None:
+    parts = [
+        augmented(STORE, ROWS, PREPROCESS, config, stream(3), share) for share in (slice(0, 4), slice(4, 7))
+    ]
+    assert torch.equal(torch.cat(parts), run(config, 3))
+
+
 def test_the_images_of_the_store_stay() -> None:
     before = STORE.images.clone()
     run(PretrainConfig())
