@@ -42,7 +42,7 @@ class Ranks:
     Attributes:
         rank: 0 is the one that writes files and tells.
         size: number of processes.
-        device: where this process computes; None: it has no word in that.
+        device: where this process computes; None on its own: the caller decides.
         backend: ``none``, ``gloo`` or ``nccl``, what carries tensors of `device`.
         watch: tells which rank is gone; None on its own.
     """
@@ -69,11 +69,11 @@ class Ranks:
             print(text, flush=True)
 
     def share(self, n: int, by: int = 1) -> slice:
-        """This rank's part of n things: neighbours, in the order of the ranks, which get equally many to within one.
+        """This rank's part of n things, perhaps empty: neighbours, in the order of the ranks.
 
         Args:
-            n: number of things; a rank's part may be empty.
-            by: things that stay together, the first `by`, the next `by`, …
+            n: number of things.
+            by: size of the groups that stay together; ranks get equally many groups to within one.
         """
         n_groups = -(-n // by)
         each, longer = divmod(n_groups, self.size)

@@ -46,9 +46,10 @@ class Watch(threading.Thread):
             beat += 1
             try:
                 self._store.set(f"beat/{self._rank}", f"{beat} {self.entered}")
-                for rank, other in others.items():
-                    if self._store.check([f"beat/{rank}"]):
-                        other.see(self._store.get(f"beat/{rank}"), self.entered)
+                here = [r for r, other in others.items() if other.started or self._store.check([f"beat/{r}"])]
+                beats = self._store.multi_get([f"beat/{r}" for r in here]) if here else []
+                for rank, seen in zip(here, beats, strict=True):
+                    others[rank].see(seen, self.entered)
                 failed = bool(self._store.check([_FAILED]))
             except RuntimeError as error:  # the store went with the process that held it
                 if not self._done.wait(2 * INTERVAL):

@@ -85,14 +85,14 @@ class Pretraining(Phase):
         rows = self.order[place * self.settings.batch_size :][: self.settings.batch_size].to(self.device)
         own = self.ranks.share(len(rows))
         self.encoder.train()
-        self.encoder.share = None
-        if not self.ranks.alone:
-            self.encoder.share = BatchShare(own.start, len(rows), self.ranks.gather)
         self._seed_dropout()
         augmentation = self.streams.stream("augmentation")
         x = augmented(self.train, rows, self.preprocess, self.settings, augmentation, own)
         labels = self.train.labels[rows[own]]
+        if not self.ranks.alone:
+            self.encoder.share = BatchShare(own.start, len(rows), self.ranks.gather)
         logits = self.head(self.encoder(x))
+        self.encoder.share = None
         loss = F.cross_entropy(logits, labels)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.update, self.updates_per_epoch)

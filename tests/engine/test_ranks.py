@@ -1,10 +1,7 @@
-"""n ranks and one process: the same gradients, updates, pool, tasks and tests; and what a lost rank leads to."""
+"""n ranks and one process: the same gradients, updates, pool, tasks and tests."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +15,6 @@ from tests.engine.cases import TOLERANCE
 from tests.rank_forks import RankForks, said
 
 SIZES = (1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[RankForks]:
-    forks = RankForks("tests.engine.rank_jobs")
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")
@@ -128,40 +118,6 @@ def test_a_process_without_torchrun_is_alone_and_starts_nothing() -> None:
         with pytest.raises(InputError, match=r"^wrong$"), ranks.together():
             raise InputError("wrong")
     assert not torch.distributed.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("how", "ends", "says"),
-    [
-        ("killed", -9, "rank 1 of 3 is gone: no sign of life for 3 s; what was saved is kept"),
-        ("stopped", -9, "rank 1 of 3 is gone: no sign of life for 3 s; what was saved is kept"),
-        ("hanging", 1, "rank 1 of 3 is hanging: the others have waited for 3 s; what was saved is kept"),
-        ("wrong input", 1, "InputError: rank 1: this disk is full"),
-        ("program", 1, "rank 1 of 3 failed"),
-    ],
-)
-def test_a_rank_that_does_not_come_ends_all_and_is_named(
-    how: str, ends: int, says: str, forks: RankForks, tmp_path: Path
-) -> None:
-    start = time.monotonic()
-    statuses = forks.run("fail", 3, tmp_path, how=how)
-    text = said(tmp_path)
-    assert statuses == [1, ends, 1], text
-    assert "".join(text).count(says) == 1, text
-    assert time.monotonic() - start < 20
-
-
-def test_a_rank_that_never_starts_is_named(forks: RankForks, tmp_path: Path) -> None:
-    assert forks.run("missing", 2, tmp_path) == [1, 0]
-    assert "rank 1 of 2 is not there: no sign of life 3 s after the start" in said(tmp_path)[0]
-
-
-def test_no_rank_outlives_its_launcher(forks: RankForks, tmp_path: Path) -> None:
-    assert forks.run("orphaned", 2, tmp_path) == []
-    end = time.monotonic() + 20
-    while not all("launcher on the first machine is gone" in text for text in said(tmp_path)):
-        assert time.monotonic() < end, said(tmp_path)
-        time.sleep(0.1)
 
 
 def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
