@@ -27,6 +27,8 @@ from .config import (
 )
 from .errors import InputError
 
+_RANK_TIMEOUT = 600.0  # the default of engine.ranks.join, which --help does not wait for
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -107,9 +109,6 @@ class Build:
             from .ops import why
 
             print(f"ss_conv runs on {why('ss_conv')}")
-
-
-_RANK_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
