@@ -194,7 +194,7 @@ def _score(
 
 def _joined(parts: list[Evaluation], episodes: Episodes, ranks: Ranks, by: int) -> Evaluation:
     """The parts of `ranks.share(T, by)`, of all ranks, in the order of the tasks."""
-    by_class = torch.empty(0, episodes.n_way, device=episodes.classes.device)
+    by_class = torch.empty(0, episodes.n_way, dtype=torch.float32, device=episodes.classes.device)
     nothing = Evaluation(by_class[:, 0], by_class, episodes.query_labels[:0])
     whole = Evaluation(
         *(

@@ -131,7 +131,7 @@ class EpisodicEngine:
         weights = self._refresh()
         learned = [p for m in (self.encoder, self.head) for p in m.parameters() if p.requires_grad]
         losses, statistics = [self.head.weight.new_empty(0)], list[Statistics]()
-        accuracies = [torch.empty(0, episodes.n_way, device=episodes.classes.device)]
+        accuracies = [losses[0].new_empty(0, episodes.n_way, dtype=torch.float32)]
         with ranks.summing(learned) as along:
             for part in episodes[ranks.share(n_tasks)].chunks(chunk):
                 logits, moments = self._logits(part, weights)
@@ -212,9 +212,8 @@ class EpisodicEngine:
         """Statistics of this rank's tasks, chunk after chunk → at their place among those of all tasks."""
         whole = []
         for i, norm in enumerate(self.encoder.norms()):
-            mean = norm.running_mean
-            nothing = mean.new_empty(0, len(mean))
-            layer = [(nothing, nothing, mean.new_empty(0)), *(part[i] for part in parts)]
+            nothing = norm.running_mean.new_empty(0, len(norm.running_mean))
+            layer = [(nothing, nothing, nothing[:, 0]), *(part[i] for part in parts)]
             # Two groups a task, [2·k, …] → [k, 2, …] → [2·T, …]
             mean, var, count = (
                 self.ranks.spread(torch.cat(column).unflatten(0, (-1, 2)), n_tasks).flatten(0, 1)

@@ -191,6 +191,7 @@ def torchrun(size: int, arguments: list[str], **environment: str) -> subprocess.
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_torchrun_of_the_command_killed_and_resumed(tmp_path: Path) -> None:
     """As users start it: one rank of two dies by kill −9, and three go on."""
     data, run = tiny.write_class_folders(tmp_path / "data", n_images=12), tmp_path / "run"
