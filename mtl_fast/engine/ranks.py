@@ -277,7 +277,7 @@ def join(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
 
 
 def own_device(device: torch.device, rank: int, size: int) -> torch.device:
-    """The GPU of this process's LOCAL_RANK, made current, where `device` is a GPU; else `device`.
+    """The GPU of this process's LOCAL_RANK, made current, where `device` is any GPU; else `device`.
 
     Raises:
         InputError: as `join`.
@@ -288,6 +288,8 @@ def own_device(device: torch.device, rank: int, size: int) -> torch.device:
         raise InputError(
             f"device {str(device)!r} is one GPU for {size} ranks; give --device auto or cuda, and each takes one"
         )
+    if device.index is not None:
+        return device
     local, n_devices = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
     if local >= n_devices:
         raise InputError(

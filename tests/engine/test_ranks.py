@@ -130,6 +130,7 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatc
         assert own_device(torch.device("cuda"), rank, 4) == torch.device("cuda", int(local))
     assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert own_device(torch.device("cpu"), 3, 4) == torch.device("cpu")
+    assert own_device(torch.device("cuda:1"), 0, 1) == torch.device("cuda:1")
     with pytest.raises(InputError, match="'cuda:1' is one GPU for 4 ranks; give --device auto"):
         own_device(torch.device("cuda:1"), 3, 4)
     monkeypatch.setenv("LOCAL_RANK", "2")
