@@ -284,12 +284,12 @@ def own_device(device: torch.device, rank: int, size: int) -> torch.device:
     """
     if device.type != "cuda":
         return device
-    if device.index is not None and size > 1:
+    if str(device) != "cuda":  # with an index
+        if size == 1:
+            return device
         raise InputError(
             f"device {str(device)!r} is one GPU for {size} ranks; give --device auto or cuda, and each takes one"
         )
-    if device.index is not None:
-        return device
     local, n_devices = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
     if local >= n_devices:
         raise InputError(
