@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ from .config import (
 )
 from .errors import InputError
 
+_RANK_TIMEOUT = 600.0  # the default of engine.ranks.join, which --help does not wait for
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -44,7 +47,9 @@ class Demo:
 
     def run(self) -> None:
         from .training.demo import demo
+        from .training.ranks import refuse_ranks
 
+        refuse_ranks("demo")
         demo(self.output, quick=self.quick, seed=self.seed, device=self.device, resume=self.resume)
 
 
@@ -64,8 +69,10 @@ class Results:
     """`auto`, `cpu`, `cuda`, …"""
 
     def run(self) -> None:
+        from .training.ranks import refuse_ranks
         from .training.results import results
 
+        refuse_ranks("results")
         results(self.output, self.publish, seeds=self.seeds, workers=self.workers, device=self.device)
 
 
@@ -131,6 +138,8 @@ class _Run:
     """`auto`, `cpu`, `cuda`, …"""
     resume: bool = False
     """Go on where the run in the output folder stopped."""
+    rank_timeout: float = _RANK_TIMEOUT
+    """With torchrun: seconds that one rank may keep the others waiting before the run ends."""
     data: DataConfig
     episodes: EpisodeConfig
     inner: InnerConfig
@@ -150,10 +159,12 @@ class Pretrain(_Run):
 
     def run(self) -> None:
         from .training.pretrain import pretrain
+        from .training.ranks import command_ranks
 
         config = self.config(encoder=self.encoder, pretrain=self.pretrain)
-        path = pretrain(config, self.output, resume=self.resume)
-        print(f"pre-trained encoder: {path}")
+        with command_ranks(self.device, self.rank_timeout) as ranks:
+            path = pretrain(config, self.output, resume=self.resume, ranks=ranks)
+            ranks.say(f"pre-trained encoder: {path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +177,12 @@ class MetaTrain(_Run):
 
     def run(self) -> None:
         from .training.meta_train import meta_train
+        from .training.ranks import command_ranks
 
-        path = meta_train(self.config(meta=self.meta), self.pretrained, self.output, resume=self.resume)
-        print(f"meta-trained model: {path}")
+        config = self.config(meta=self.meta)
+        with command_ranks(self.device, self.rank_timeout) as ranks:
+            path = meta_train(config, self.pretrained, self.output, resume=self.resume, ranks=ranks)
+            ranks.say(f"meta-trained model: {path}")
 
 
 @dataclass(frozen=True)
@@ -230,14 +244,19 @@ class Evaluate:
     """Go on where a test in the output folder stopped, and put together what its shards did."""
     shard: str | None = None
     """I/N: score only share I of N; then `--resume` without it gives the result of all."""
+    rank_timeout: float = _RANK_TIMEOUT
+    """With torchrun: seconds that one rank may keep the others waiting before the test ends."""
 
     def run(self) -> None:
         from .training.evaluate import evaluate_model
+        from .training.ranks import command_ranks
 
-        score = evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__})
-        print(score)
-        if self.by_step:
-            print(score.steps_text())
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        with command_ranks(self.device, options.pop("rank_timeout")) as ranks:
+            score = evaluate_model(**options, ranks=ranks)
+            ranks.say(str(score))
+            if self.by_step:
+                ranks.say(score.steps_text())
 
 
 def commands(config: Config) -> dict[str, Any]:
@@ -293,10 +312,24 @@ def parse(arguments: Sequence[str]) -> Any:
     )
 
 
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What is wrong with the arguments, or their help, all processes of torchrun would tell: the first does."""
+    if os.environ.get("RANK", "") in ("", "0"):
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except InputError:
+            sys.exit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 2 for wrong input (one line says what), 130 for Ctrl-C."""
     try:
-        command = parse(list(sys.argv[1:] if arguments is None else arguments))
+        with _told_once():
+            command = parse(list(sys.argv[1:] if arguments is None else arguments))
         from .training.run import Interrupted
 
         try:

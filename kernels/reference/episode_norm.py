@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,28 @@ def _plainly(z: Tensor, norm: ChannelNorm, n_groups: int, mask: Tensor | None) -
     return Normalised(y, mean.detach(), var.detach(), count)
 
 
+def _over_processes(z: Tensor, norm: ChannelNorm, gather: Callable[[Tensor], Tensor]) -> Normalised:
+    """One group whose images several processes hold: its statistics joined from those of each one's part.
+
+    mean = Σ share·mean_p, var = Σ share·(var_p + (mean_p − mean)²), with share = count_p/count
+    """
+    channels = z.shape[1]
+    mean, var, count = statistics(z, 1, None)
+    parts = gather(torch.cat([mean[0], var[0], count]))
+    mean, var, count = parts.split([channels, channels, 1], dim=1)
+    total = count.sum(dim=0)
+    share = count / total
+    center = (share * mean).sum(dim=0, keepdim=True)
+    spread = (share * (var + (mean - center).square())).sum(dim=0, keepdim=True)
+    ratio = torch.rsqrt(spread + norm.eps)
+    if norm.weight is not None:
+        ratio = ratio * norm.weight
+    y = (z - center.view(-1, 1, 1)) * ratio.view(-1, 1, 1)
+    if norm.bias is not None:
+        y = y + norm.bias.view(-1, 1, 1)
+    return Normalised(y, center.detach(), spread.detach(), total.detach())
+
+
 def _by_batch_norm(z: Tensor, norm: ChannelNorm, n_groups: int) -> Normalised:
     """The same by PyTorch's fused kernel, with G·C channels: group g's channel c is channel g·C + c."""
     n, channels, height, width = z.shape
@@ -72,6 +95,7 @@ def episode_norm(
     mask: Tensor | None,
     epilogue: Epilogue,
     residual: Tensor | None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Normalised:
     """[N, C, H, W] → the same shape, normalised group by group; see `mtl_fast.ops.episode_norm`."""
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -82,7 +106,9 @@ def episode_norm(
     if m_image is not None:
         # where, not a product: 0·NaN is NaN, in values and in gradients.
         images = images.where(m_image, 0)
-    if mask is None and z.numel() > n_groups * z.shape[1]:
+    if gather is not None:
+        normalised = _over_processes(images, norm, gather)
+    elif mask is None and z.numel() > n_groups * z.shape[1]:
         normalised = _by_batch_norm(images, norm, n_groups)
     else:
         # PyTorch's kernel takes no mask and refuses a single value a channel.

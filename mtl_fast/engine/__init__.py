@@ -14,14 +14,17 @@ from .evaluate import (
     fit_and_predict,
     fit_and_score,
 )
+from .ranks import ALONE, Ranks, join
 from .step import EpisodicEngine, Preprocess, StepOutput
 
 __all__ = [
+    "ALONE",
     "DistinctImages",
     "EmbeddedEpisodes",
     "EpisodicEngine",
     "Evaluation",
     "Preprocess",
+    "Ranks",
     "StepOutput",
     "accuracy_by_step",
     "adapt_and_predict",
@@ -32,4 +35,5 @@ __all__ = [
     "evaluate",
     "fit_and_predict",
     "fit_and_score",
+    "join",
 ]

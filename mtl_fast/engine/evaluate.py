@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner, query_logits_by_step
+from .ranks import ALONE, Ranks
 from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
 
 _LOGITS_IN_FLIGHT = 2**24  # numbers that `accuracy_by_step` holds at a time
@@ -37,8 +38,11 @@ def embed_rows(
     *,
     mirrored: Tensor | None = None,
     images_per_chunk: int = 256,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Features [B, D] of rows [B] of the store, with the stored statistics.
+
+    Ranks share out whole chunks, so that each image is embedded in the company that it has on one rank.
 
     Args:
         encoder: in evaluation mode.
@@ -47,21 +51,24 @@ def embed_rows(
         preprocess: as in training.
         mirrored: bool [B], images to mirror left to right; None: no image.
         images_per_chunk: images embedded together.
+        ranks: who shares the work; all get all features.
 
     Raises:
         ValueError: the encoder is in training mode and has dropout.
     """
     require_evaluation_mode(encoder)
     weights = encoder.refresh()
-    dtype = next(encoder.parameters()).dtype
-    features = []
-    for start in range(0, len(rows), images_per_chunk):
-        chunk = slice(start, start + images_per_chunk)
-        images = preprocess(store, rows[chunk], dtype, None if mirrored is None else mirrored[chunk])
+    parameter = next(encoder.parameters())
+    own = ranks.share(len(rows), images_per_chunk)
+    features = [parameter.new_empty(0, encoder.feature_dim)]
+    for start in range(own.start, own.stop, images_per_chunk):
+        chunk = slice(start, min(start + images_per_chunk, own.stop))
+        flip = None if mirrored is None else mirrored[chunk]
+        images = preprocess(store, rows[chunk], parameter.dtype, flip)
         features.append(encoder.embed(images, weights=weights).features)
-    if not features:
-        return next(encoder.parameters()).new_empty(0, encoder.feature_dim)
-    return torch.cat(features)
+    every = ranks.spread(torch.cat(features), len(rows), images_per_chunk)
+    ranks.sum_([every])
+    return every
 
 
 class DistinctImages(NamedTuple):
@@ -146,11 +153,18 @@ def embed_episodes(
     *,
     mirror_support: bool = False,
     images_per_chunk: int = 256,
+    ranks: Ranks = ALONE,
 ) -> EmbeddedEpisodes:
-    """Embeds each distinct image of the episodes once, with the stored statistics."""
+    """Embeds each distinct image of the episodes once, on one of the ranks, with the stored statistics."""
     rows, mirrored, support, query = distinct_images(episodes, store.n_images, mirror_support=mirror_support)
     features = embed_rows(
-        encoder, store, rows, preprocess, mirrored=mirrored, images_per_chunk=images_per_chunk
+        encoder,
+        store,
+        rows,
+        preprocess,
+        mirrored=mirrored,
+        images_per_chunk=images_per_chunk,
+        ranks=ranks,
     )
     return EmbeddedEpisodes(episodes, features, support, query)
 
@@ -183,9 +197,13 @@ def embedded_parts(
     require_evaluation_mode(encoder)
     with torch.no_grad():
         weights = encoder.refresh(fold=False)
-    n_images = episodes.support.shape[1] * (1 + mirror_support) + episodes.query.shape[1]
-    for part in episodes.chunks(max(1, images_per_chunk // n_images)):
+    for part in episodes.chunks(_tasks_per_chunk(episodes, images_per_chunk, mirror_support)):
         yield _embed_apart(encoder, weights, store, part, preprocess, mirror_support)
+
+
+def _tasks_per_chunk(episodes: Episodes, images_per_chunk: int, mirror_support: bool) -> int:
+    n_images = episodes.support.shape[1] * (1 + mirror_support) + episodes.query.shape[1]
+    return max(1, images_per_chunk // n_images)
 
 
 @torch.no_grad()
@@ -250,19 +268,32 @@ def fit_and_score(
     inner_steps: int,
     tasks_per_batch: int = 100,
     backend: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Fits θ on each episode's support features, many tasks at a time, and scores its query features."""
+    """Fits θ on each episode's support features, many tasks at a time, and scores its query features.
+
+    Ranks share out whole batches of tasks.
+    """
+    n_tasks = embedded.episodes.n_tasks
+    own = embedded[ranks.share(n_tasks, tasks_per_batch)]
     logits = fit_and_predict(
-        embedded,
+        own,
         head,
         inner_lr=inner_lr,
         inner_steps=inner_steps,
         tasks_per_batch=tasks_per_batch,
         backend=backend,
     )
-    episodes = embedded.episodes
-    by_class = class_accuracy(logits, episodes.query_labels, episodes.n_way)
-    return Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
+    by_class = class_accuracy(logits, own.episodes.query_labels, own.episodes.n_way)
+    scores = Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
+    return _gathered(scores, n_tasks, ranks, tasks_per_batch)
+
+
+def _gathered(own: Evaluation, n_tasks: int, ranks: Ranks, by: int) -> Evaluation:
+    """The scores of each rank's `share(n_tasks, by)` in the order of the tasks."""
+    whole = Evaluation(*(ranks.spread(column, n_tasks, by) for column in own))
+    ranks.sum_(whole)
+    return whole
 
 
 @torch.no_grad()
@@ -314,6 +345,7 @@ def evaluate(
     tasks_per_batch: int = 100,
     images_per_chunk: int = 256,
     backend: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Fits θ on each task's support set and scores its query set.
 
@@ -333,27 +365,27 @@ def evaluate(
         tasks_per_batch: heads fitted together.
         images_per_chunk: images embedded together (`episode`: as many whole tasks as fit, at least one).
         backend: of the base-learner.
+        ranks: the processes that share out the work, in whole chunks and batches: the result on each is, to the
+            bit, that of one.
 
     Raises:
         ValueError: the encoder is in training mode and has dropout.
     """
+    fit: dict[str, Any] = {
+        "inner_lr": inner_lr,
+        "inner_steps": inner_steps,
+        "tasks_per_batch": tasks_per_batch,
+        "backend": backend,
+    }
+    embed: dict[str, Any] = {"mirror_support": mirror_support, "images_per_chunk": images_per_chunk}
+    if norm != "episode":
+        embedded = embed_episodes(encoder, store, episodes, preprocess, ranks=ranks, **embed)
+        return fit_and_score(embedded, head, ranks=ranks, **fit)
+    by = _tasks_per_chunk(episodes, images_per_chunk, mirror_support)
+    own = episodes[ranks.share(episodes.n_tasks, by)]
     parts = [
-        fit_and_score(
-            embedded,
-            head,
-            inner_lr=inner_lr,
-            inner_steps=inner_steps,
-            tasks_per_batch=tasks_per_batch,
-            backend=backend,
-        )
-        for embedded in embedded_parts(
-            encoder,
-            store,
-            episodes,
-            preprocess,
-            norm=norm,
-            mirror_support=mirror_support,
-            images_per_chunk=images_per_chunk,
-        )
+        fit_and_score(part, head, **fit)
+        for part in embedded_parts(encoder, store, own, preprocess, norm=norm, **embed)
     ]
-    return Evaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    joined = Evaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return _gathered(joined, episodes.n_tasks, ranks, by)

@@ -19,6 +19,7 @@ from ..nn.linear_head import LinearHead
 from ..nn.scale_shift import interleave
 from ..ops.base_learner import base_learner
 from ..ops.images import images
+from .ranks import ALONE, Ranks
 
 NormMode = Literal["frozen", "episode", "running"]
 Order = Literal["first", "second"]
@@ -101,6 +102,7 @@ class EpisodicEngine:
         inner_lr, inner_steps: β and T of the inner loop.
         images_per_chunk: bounds the images in flight; a chunk is as many whole tasks as fit, at least one.
         backend: of the base-learner.
+        ranks: the processes among which the tasks of a step are shared out; all have the same parameters.
     """
 
     encoder: Encoder
@@ -113,33 +115,44 @@ class EpisodicEngine:
     inner_steps: int = 20
     images_per_chunk: int | None = None
     backend: str = "auto"
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         if self.norm not in ("frozen", "episode", "running"):
             raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
         if self.order not in ("first", "second"):
             raise ValueError(f"order: {self.order!r} is neither first nor second")
-        if self.norm != "frozen":
+        if self.norm != "frozen" and self.ranks.first:
             _warn_of_what_cancels(self.encoder, self.norm)
 
     def step(self, episodes: Episodes) -> StepOutput:
-        """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back."""
+        """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back.
+
+        With several ranks `episodes` are all tasks of the step, the same on each; so is the result.
+        """
         require_evaluation_mode(self.encoder)
+        ranks, n_tasks = self.ranks, episodes.n_tasks
         per_task = episodes.support.shape[1] + episodes.query.shape[1]
-        n_tasks = episodes.n_tasks
         chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
         weights = self._refresh()
-        outputs = []
-        for part in episodes.chunks(chunk):
-            logits = self.query_logits(part, weights)
-            loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
-            task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
-            (task_loss.sum() / n_tasks).backward()
-            outputs.append(
-                (task_loss.detach(), class_accuracy(logits.detach(), part.query_labels, part.n_way))
-            )
-        losses, accuracies = zip(*outputs, strict=True)
-        return StepOutput(torch.cat(losses), torch.cat(accuracies))
+        learned = [p for m in (self.encoder, self.head) for p in m.parameters() if p.requires_grad]
+        losses, statistics = [self.head.weight.new_empty(0)], list[Statistics]()
+        accuracies = [losses[0].new_empty(0, episodes.n_way, dtype=torch.float32)]
+        with ranks.summing(learned) as along:
+            for part in episodes[ranks.share(n_tasks)].chunks(chunk):
+                logits, moments = self._logits(part, weights)
+                loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
+                task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
+                (task_loss.sum() / n_tasks).backward()
+                losses.append(task_loss.detach())
+                accuracies.append(class_accuracy(logits.detach(), part.query_labels, part.n_way))
+                statistics.append(moments)
+            output = StepOutput(*(ranks.spread(torch.cat(parts), n_tasks) for parts in (losses, accuracies)))
+            running = self._in_task_order(statistics, n_tasks) if self.norm == "running" else Statistics()
+            along += [*output, *(tensor for moments in running for tensor in moments)]
+        if running:
+            self.encoder.update_running(running)
+        return output
 
     def query_logits(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
@@ -150,8 +163,17 @@ class EpisodicEngine:
             episodes: T tasks, embedded together.
             weights: this meta-step's effective weights; None computes them.
         """
-        support, query = self._embed(episodes, self._refresh() if weights is None else weights)
-        return base_learner(
+        logits, statistics = self._logits(episodes, self._refresh() if weights is None else weights)
+        if statistics:
+            self.encoder.update_running(statistics)
+        return logits
+
+    def _logits(
+        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
+    ) -> tuple[Tensor, Statistics]:
+        """`query_logits`, and the statistics that move the running averages: none but with that norm."""
+        support, query, statistics = self._embed(episodes, weights)
+        logits = base_learner(
             support.unflatten(0, (episodes.n_tasks, -1)),
             episodes.support_labels,
             query.unflatten(0, (episodes.n_tasks, -1)),
@@ -162,14 +184,15 @@ class EpisodicEngine:
             order=self.order,
             backend=self.backend,
         )
+        return logits, statistics
 
     def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
         return self.encoder.refresh(fold=self.norm == "frozen")
 
     def _embed(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Features of all support and all query images, [T·n, D] each."""
+    ) -> tuple[Tensor, Tensor, Statistics]:
+        """Features of all support and all query images, [T·n, D] each, and what moves the running averages."""
         encoder, n_groups = self.encoder, 0 if self.norm == "frozen" else episodes.n_tasks
         rows = [episodes.support.flatten(), episodes.query.flatten()]
         dtype = self.head.weight.dtype
@@ -178,7 +201,7 @@ class EpisodicEngine:
         if n_groups == 0 and self.order == "second":
             both = self.preprocess(self.store, torch.cat(rows), dtype)
             support, query = encoder.embed(both, weights=weights).features.split([len(r) for r in rows])
-            return support, query
+            return support, query, []
         query, query_statistics = encoder.embed(
             self.preprocess(self.store, rows[1], dtype), n_groups=n_groups, weights=weights
         )
@@ -186,10 +209,21 @@ class EpisodicEngine:
             support, support_statistics = encoder.embed(
                 self.preprocess(self.store, rows[0], dtype), n_groups=n_groups, weights=weights
             )
-        if self.norm == "running":
-            self._move_running(query_statistics, support_statistics)
-        return support, query
+        if self.norm != "running":
+            return support, query, []
+        # In task order, each task's query split before its support split.
+        return support, query, interleave(query_statistics, support_statistics)
 
-    def _move_running(self, query: Statistics, support: Statistics) -> None:
-        """Running averages in task order, each task's query split before its support split."""
-        self.encoder.update_running(interleave(query, support))
+    def _in_task_order(self, parts: list[Statistics], n_tasks: int) -> Statistics:
+        """Statistics of this rank's tasks, chunk after chunk → at their place among those of all tasks."""
+        whole = []
+        for i, norm in enumerate(self.encoder.norms()):
+            nothing = norm.running_mean.new_empty(0, len(norm.running_mean))
+            layer = [(nothing, nothing, nothing[:, 0]), *(part[i] for part in parts)]
+            # Two groups a task, [2·k, …] → [k, 2, …] → [2·T, …]
+            mean, var, count = (
+                self.ranks.spread(torch.cat(column).unflatten(0, (-1, 2)), n_tasks).flatten(0, 1)
+                for column in zip(*layer, strict=True)
+            )
+            whole.append((mean, var, count))
+        return whole

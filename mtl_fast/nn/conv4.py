@@ -57,7 +57,13 @@ class Conv4(Encoder):
             z = ss_conv(x, operands.without_norm(), backend=self.backend)
             assert operands.norm is not None
             out = episode_norm(
-                z, operands.norm, n_groups=n_groups, mask=mask, epilogue=self.epilogue, backend=self.backend
+                z,
+                operands.norm,
+                n_groups=n_groups,
+                mask=mask,
+                epilogue=self.epilogue,
+                gather=self._gather,
+                backend=self.backend,
             )
             statistics.append((out.mean, out.var, out.n_values))
             x = out.output

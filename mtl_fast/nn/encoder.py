@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,20 @@ from .scale_shift import ChannelNorm2d, ScaleShiftConv2d, scale_shift_parameters
 Statistics = list[tuple[Tensor, Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class BatchShare:
+    """The part of a training batch that this process holds; others hold the rest, at least one image each.
+
+    Attributes:
+        start, total: images of the batch that come before it, and images of the whole batch.
+        gather: [K] → [processes, K], every process's vector; a sum of its rows has its gradient in each process.
+    """
+
+    start: int
+    total: int
+    gather: Callable[[Tensor], Tensor]
+
+
 class Embeddings(NamedTuple):
     """[N, D] features; per norm layer the batch statistics (mean, var, count), or none at all."""
 
@@ -28,7 +43,8 @@ class Encoder(nn.Module, ABC):
     """Base of the encoders: images [N, 3, H, W] → features [N, feature_dim].
 
     In training mode (pre-training) a plain call is an ordinary network: batch statistics of the whole batch,
-    running averages moved, dropout active. In evaluation mode it uses the stored statistics.
+    running averages moved, dropout active; of a batch in several processes with `share` set. In evaluation mode it
+    uses the stored statistics.
     The meta-training engine calls `embed`, which says explicitly which statistics are used.
     """
 
@@ -37,6 +53,7 @@ class Encoder(nn.Module, ABC):
     backend: str = "auto"
     fold: bool = True
     dropout_generator: torch.Generator | None = None
+    share: BatchShare | None = None
 
     @abstractmethod
     def embed(
@@ -121,9 +138,22 @@ class Encoder(nn.Module, ABC):
         for norm, (mean, var, count) in zip(self.norms(), statistics, strict=True):
             norm.update(mean, var, count)
 
+    @property
+    def _gather(self) -> Callable[[Tensor], Tensor] | None:
+        """What makes batch statistics those of the whole batch; None where this process has all of it."""
+        return self.share.gather if self.training and self.share is not None else None
+
     def _dropout(self, x: Tensor) -> Tensor:
         """Inverted dropout in training mode, from `dropout_generator` so that a resumed run repeats it."""
         if not self.training or not self.dropout:
             return x
-        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=self.dropout_generator)
-        return x * keep.mul_(1 / (1 - self.dropout))
+        start, total = (0, len(x)) if self.share is None else (self.share.start, self.share.total)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        # Drawn for the whole batch, in its order in memory: no image's mask depends on who holds it.
+        keep = torch.empty(
+            (total, *x.shape[1:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        ).bernoulli_(1 - self.dropout, generator=self.dropout_generator)
+        return x * keep[start : start + len(x)].mul_(1 / (1 - self.dropout))

@@ -140,6 +140,7 @@ class ResNet12(Encoder):
                 n_groups=n_groups,
                 mask=mask,
                 fold=self.fold,
+                gather=self._gather,
                 backend=self.backend,
             )
             statistics.extend(out.statistics)

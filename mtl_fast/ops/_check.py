@@ -100,3 +100,11 @@ def groups(n_images: int, n_groups: int, mask: Tensor | None) -> None:
         raise ValueError(f"mask: shape {tuple(mask.shape)}, expected one entry an image, ({n_images},)")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {mask.dtype}")
+
+
+def gather(given: object, n_groups: int, mask: Tensor | None) -> None:
+    """Statistics over several processes are those of one group, without a mask."""
+    if given is not None and (n_groups != 1 or mask is not None):
+        raise ValueError(
+            f"gather: takes one group and no mask, got {n_groups} groups, mask {mask is not None}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +20,11 @@ def _native_runs(
     norm: ChannelNorm | None = None,
     epilogue: Epilogue | None = None,
     residual: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
     **_: Any,
 ) -> tuple[bool, str]:
+    if gather is not None:
+        return False, "its statistics span several processes"
     norm = norm or ChannelNorm(None, None)
     return _episode_norm_native.runs(z, norm, epilogue or Epilogue(), residual)
 
@@ -36,6 +40,7 @@ def episode_norm(
     mask: Tensor | None = None,
     epilogue: Epilogue | None = None,
     residual: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> Normalised:
     """Batch statistics per group of images, then the epilogue.
@@ -54,6 +59,9 @@ def episode_norm(
             too): its output is 0 and no gradient passes it. A group has at least one True.
         epilogue: what follows; by default nothing.
         residual: [N, C, H, W].
+        gather: for one group whose images several processes share, at least one each: [K] → [processes, K],
+            every process's vector, differentiable. The statistics are then those of all, and every process
+            calls this alike. Runs on ``torch``.
         backend: ``auto`` or a backend's name.
 
     Returns:
@@ -61,18 +69,25 @@ def episode_norm(
         dtype, has a gradient.
 
     Raises:
-        ValueError: shapes that do not fit, both named; an unknown activation.
+        ValueError: shapes that do not fit, both named; an unknown activation; `gather` with groups or a mask.
         TypeError: a mask that is not bool.
     """
     epilogue = epilogue or Epilogue()
     _check.images_4d("z", z)
     _check.groups(z.shape[0], n_groups, mask)
+    _check.gather(gather, n_groups, mask)
     for key in ("weight", "bias"):
         vector = getattr(norm, key)
         if vector is not None and tuple(vector.shape) != (z.shape[1],):
             raise ValueError(f"norm.{key}: shape {tuple(vector.shape)} does not fit images {tuple(z.shape)}")
     _check.epilogue(epilogue, tuple(z.shape), residual)
-    choice = choose("episode_norm", backend, z=z, norm=norm, epilogue=epilogue, residual=residual)
+    choice = choose(
+        "episode_norm", backend, z=z, norm=norm, epilogue=epilogue, residual=residual, gather=gather
+    )
+    if gather is not None:
+        return reference.episode_norm(
+            z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual, gather=gather
+        )
     return _IMPLEMENTATIONS[choice.backend](
         z, norm, n_groups=n_groups, mask=mask, epilogue=epilogue, residual=residual
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
+from ..kernels.reference import episode_norm as reference_norm
 from ..kernels.reference import ss_block as reference
 from . import _check, _episode_norm_native, _ss_conv_native
 from .backend import choose, register
@@ -46,6 +48,7 @@ def ss_block(
     n_groups: int = 0,
     mask: Tensor | None = None,
     fold: bool = True,
+    gather: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> BlockOutput:
     """A residual block: convolution → norm → activation, …, the last one with the residual and the pooling.
@@ -62,6 +65,7 @@ def ss_block(
         n_groups: 0 uses the norms' stored statistics; g ≥ 1 those of g groups of images (`episode_norm`).
         mask: bool [N], images that count, as in `episode_norm`; only with n_groups ≥ 1.
         fold: as in `ss_conv`; stored statistics only.
+        gather: as in `episode_norm`, for images that several processes share.
         backend: ``auto`` or a backend's name.
 
     Returns:
@@ -99,6 +103,7 @@ def ss_block(
         _check.groups(x.shape[0], n_groups, mask)
     elif mask is not None:
         raise ValueError("mask: only batch statistics take one; give n_groups ≥ 1")
+    _check.gather(gather, n_groups, mask)
     choice = choose(
         "ss_block",
         backend,
@@ -112,6 +117,8 @@ def ss_block(
     options: dict[str, Any] = {}
     if choice.backend == "native":
         options = {"convolve": _ss_conv_native.ss_conv, "normalise": _episode_norm_native.episode_norm}
+    if gather is not None:
+        options["normalise"] = functools.partial(reference_norm.episode_norm, gather=gather)
     return reference.ss_block(
         x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold, **options
     )

@@ -20,6 +20,7 @@ def augmented(
     preprocess: Preprocess,
     config: PretrainConfig,
     generator: torch.Generator,
+    share: slice = slice(None),
 ) -> Tensor:
     """Rows [B] of the store → augmented, normalised network input [B, 3, H, W].
 
@@ -29,19 +30,20 @@ def augmented(
         preprocess: mean and standard deviation, of 255.
         config: `crop`, `flip` and `jitter`.
         generator: the augmentation stream, on the CPU; it draws the same numbers whatever the device.
+        share: the part of the batch to return; the numbers are drawn for all of it.
     """
     n, device = len(rows), store.images.device
     height, width = store.image_size
-    flip = torch.rand(n, generator=generator).lt(0.5).to(device) if config.flip else None
+    flip = torch.rand(n, generator=generator).lt(0.5)[share].to(device) if config.flip else None
     plain = config.jitter == 0 and config.crop != "resized"
     mean, std = (preprocess.mean, preprocess.std) if plain else ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
     crop, padding = None, 0
     if config.crop == "shift":
         padding = height // 8
-        crop = torch.randint(2 * padding + 1, (n, 2), generator=generator).to(device)
+        crop = torch.randint(2 * padding + 1, (n, 2), generator=generator)[share].to(device)
     x = images(
         store.images,
-        rows,
+        rows[share],
         mean=torch.tensor(mean, device=device),
         std=torch.tensor(std, device=device),
         crop=crop,
@@ -52,9 +54,9 @@ def augmented(
     if plain:
         return x
     if config.crop == "resized":
-        x = resized_crop(x, generator)
+        x = resized_crop(x, torch.rand(n, 4, generator=generator)[share])
     if config.jitter:
-        x = colour_jitter(x, config.jitter, generator)
+        x = colour_jitter(x, config.jitter, torch.rand(3, n, generator=generator)[:, share])
     centre, spread = (
         torch.tensor(values, device=device).view(3, 1, 1) / 255
         for values in (preprocess.mean, preprocess.std)
@@ -62,12 +64,15 @@ def augmented(
     return ((x - centre) / spread).contiguous(memory_format=torch.channels_last)
 
 
-def resized_crop(x: Tensor, generator: torch.Generator) -> Tensor:
+def resized_crop(x: Tensor, u: Tensor) -> Tensor:
     """A random box of 8 to 100 % of the area and 3/4 to 4/3 of the aspect, brought back to the full size.
 
     [B, C, H, W] → the same shape, sampled bilinearly. A box that would not fit is cut to the image.
+
+    Args:
+        x: images.
+        u: [B, 4] uniform in [0, 1), on the CPU: area, aspect and place.
     """
-    u = torch.rand(len(x), 4, generator=generator)
     area = 0.08 + 0.92 * u[:, 0]
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
     wide, high = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -79,9 +84,15 @@ def resized_crop(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def colour_jitter(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation each times a factor within 1 ± strength; [B, 3, H, W] in [0, 1]."""
-    factors = 1 + strength * (2 * torch.rand(3, len(x), 1, 1, 1, generator=generator) - 1)
+def colour_jitter(x: Tensor, strength: float, u: Tensor) -> Tensor:
+    """Brightness, contrast and saturation each times a factor within 1 ± strength.
+
+    Args:
+        x: [B, 3, H, W] in [0, 1].
+        strength: in 0..1.
+        u: [3, B] uniform in [0, 1), on the CPU.
+    """
+    factors = 1 + strength * (2 * u.view(3, -1, 1, 1, 1) - 1)
     brightness, contrast, saturation = factors.to(x.device, x.dtype)
     weights = x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     x = (x * brightness).clamp(0, 1)

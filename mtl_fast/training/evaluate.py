@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import Config, EvaluationConfig
 from ..data.store import ClassIndex, ImageStore
 from ..engine.evaluate import Evaluation, evaluate
+from ..engine.ranks import ALONE, Ranks
 from ..episodes import Episodes, EpisodeSampler
 from ..errors import InputError
 from ..random_streams import RandomStreams
 from . import checkpoint as checkpoints
 from .figures import Curve, steps_figure
-from .models import Model, preprocess_of
+from .models import Model, device_of, preprocess_of
 from .parts import Parts, Shard
+from .ranks import require_same_start
 from .run import make_folder, write_text
 from .scoring import Scoring
 from .statistics import Interval, mean_interval
@@ -79,8 +82,10 @@ def drawn_episodes(config: Config, store: ClassIndex) -> Episodes:
     )
 
 
-def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -> tuple[Score, Evaluation]:
-    """Fits and scores the episodes; a pre-trained model gets a fresh zero head ("update θ")."""
+def score(
+    model: Model, config: Config, store: ImageStore, episodes: Episodes, ranks: Ranks = ALONE
+) -> tuple[Score, Evaluation]:
+    """Fits and scores the episodes, shared out over the ranks; a pre-trained model gets a fresh zero head ("update θ")."""
     head = head_for(model.head, config.episodes.n_way, model.encoder.feature_dim, "learned", str(model.path))
     result = evaluate(
         model.encoder,
@@ -92,6 +97,7 @@ def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -
         inner_steps=config.inner.test_steps,
         norm=config.meta.norm if model.head is not None else "frozen",
         mirror_support=config.evaluation.mirror_support,
+        ranks=ranks,
     )
     return Score(result.accuracy.cpu(), mean_interval(result.accuracy), config), result
 
@@ -114,6 +120,7 @@ def evaluate_model(
     output: Path | None = None,
     resume: bool = False,
     shard: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Tests a model file, or saved features; every None takes the model's own setting.
 
@@ -133,6 +140,7 @@ def evaluate_model(
         resume: go on with what is in the output folder; what shards have done there is put together.
         shard: ``I/N`` scores only share I of N and leaves its pieces in the output folder; all shards share that
             folder.
+        ranks: processes that share out the tasks; they neither resume nor take shards.
 
     Returns:
         The score of all tasks, or of the shard's.
@@ -146,30 +154,51 @@ def evaluate_model(
         if asked and output is None:
             raise InputError(f"{name} needs --output, the folder that holds what is done")
     evaluation = evaluation or EvaluationConfig()
+    if not ranks.alone and (resume or shard is not None):
+        raise InputError(
+            "--resume and --shard are for one process; with torchrun the processes share out the tasks"
+        )
     changes = Changes(n_way, n_shot, n_query, inner_steps, inner_lr, evaluation, seed, device)
+    with ranks.together():
+        target = device_of(Config(device=device)) if ranks.device is None else ranks.device
+        subject = _subject(checkpoint, embeddings, changes, target, data=data, head=head)
+        folder, facts, found = None, {}, None
+        if output is not None or not ranks.alone:
+            facts = subject.facts(by_step=by_step)
+        if output is not None and ranks.first:
+            make_folder(output)  # before the work, not after it
+            folder = output / "parts" if ranks.alone else None
+        parts = Parts(folder, facts, shard=own, resume=resume)
+        if output is not None and resume and shard is None:
+            found = _finished(output, facts)
+        episodes = drawn_episodes(subject.config, subject.store)
+    require_same_start(ranks, subject.config, {}, facts)
+    if found is None:
+        found = Scoring(subject, episodes, parts, own, by_step=by_step, ranks=ranks).run()
+    result = _score_of(found, subject, shard)
+    with ranks.together():
+        if output is not None and shard is None and ranks.first:
+            save_score(output, result, subject.file, facts=facts)
+            parts.remove()
+    return result
+
+
+def _subject(
+    checkpoint: str | Path | None,
+    embeddings: str | Path | None,
+    changes: Changes,
+    target: torch.device,
+    *,
+    data: str | None,
+    head: HeadStart,
+) -> Subject:
     if checkpoint is not None and embeddings is None:
-        subject = model_subject(checkpoint, changes, data=data, head=head)
-    elif embeddings is not None and checkpoint is None:
+        return model_subject(checkpoint, changes, target, data=data, head=head)
+    if embeddings is not None and checkpoint is None:
         if data is not None:
             raise InputError("--data goes with --checkpoint; a file of embeddings holds its own data")
-        subject = features_subject(embeddings, changes, head=head)
-    else:
-        raise InputError("give either --checkpoint, a model file, or --embeddings, a file of features")
-    folder, facts, found = None, {}, None
-    if output is not None:
-        make_folder(output)  # before the work, not after it
-        folder, facts = output / "parts", subject.facts(by_step=by_step)
-    parts = Parts(folder, facts, shard=own, resume=resume)
-    if output is not None and resume and shard is None:
-        found = _finished(output, facts)
-    if found is None:
-        episodes = drawn_episodes(subject.config, subject.store)
-        found = Scoring(subject, episodes, parts, own, by_step=by_step).run()
-    result = _score_of(found, subject, shard)
-    if output is not None and shard is None:
-        save_score(output, result, subject.file, facts=facts)
-        parts.remove()
-    return result
+        return features_subject(embeddings, changes, target, head=head)
+    raise InputError("give either --checkpoint, a model file, or --embeddings, a file of features")
 
 
 def _score_of(found: dict[str, Tensor], subject: Subject, shard: str | None) -> Score:

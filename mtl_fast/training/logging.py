@@ -131,6 +131,25 @@ class RunLog:
         return text.getvalue()
 
 
+class NoLog(RunLog):
+    """The log of a rank that writes nothing."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def row(self, step: int, **values: Value) -> None:
+        """Drops the row."""
+
+    def advance(self, step: int) -> None:
+        """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
 def read_log(path: str | Path) -> list[dict[str, str]]:
     """The rows of a ``log.csv``, complete ones only; cells are text, empty where a row had no value."""
     return _read(Path(path))[1]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import Config, MetaConfig
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
+from ..engine.ranks import ALONE, Ranks
 from ..engine.step import EpisodicEngine
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
@@ -46,6 +47,7 @@ class MetaTraining(Phase):
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
+        ranks: the processes that share out the tasks of an update.
     """
 
     name, command, kind = "meta-training", "meta-train", "meta"
@@ -60,14 +62,27 @@ class MetaTraining(Phase):
         resume: bool = False,
         train: ImageStore | None = None,
         val: ImageStore | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        with ranks.together():
+            self._prepare(config, pretrained, train, val, ranks)
+        self._open(output, resume=resume, inputs=self.inputs)
+
+    def _prepare(
+        self,
+        config: Config,
+        pretrained: Model,
+        train: ImageStore | None,
+        val: ImageStore | None,
+        ranks: Ranks,
     ) -> None:
         check_rounds(config.meta)
-        super().__init__(config, train, val)
+        super().__init__(config, train, val, ranks)
         self.meta = config.meta
         checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
         check_normalisation(config, pretrained)
         self.encoder = pretrained.encoder.to(self.device)
-        inputs = {
+        self.inputs = {
             "train": facts_of(self.train),
             "val": facts_of(self.val),
             "pretrained": fingerprint(weights_of(self.encoder)),
@@ -96,12 +111,12 @@ class MetaTraining(Phase):
             inner_lr=config.inner.lr,
             inner_steps=config.inner.train_steps,
             images_per_chunk=self.meta.images_per_chunk,
+            ranks=ranks,
         )
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._open(output, resume=resume, inputs=inputs)
 
     def next_episodes(self) -> tuple[Episodes, bool]:
         """The tasks of the next update, and whether they are hard ones."""
@@ -156,6 +171,7 @@ class MetaTraining(Phase):
             inner_lr=inner.lr,
             inner_steps=inner.test_steps,
             norm=self.meta.norm,
+            ranks=self.ranks,
         )
         mean, interval = mean_interval(result.accuracy)
         tasks = self.update * self.meta.tasks_per_update
@@ -267,12 +283,20 @@ def _adam(
     return torch.optim.Adam(groups)
 
 
-def meta_train(config: Config, pretrained: str | Path, output: str | Path, *, resume: bool = False) -> Path:
+def meta_train(
+    config: Config,
+    pretrained: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+) -> Path:
     """Meta-trains from a pre-trained model file as `config` says; returns the model file. See `MetaTraining`."""
-    model = load_model(pretrained, kind="pretrained")
+    with ranks.together():
+        model = load_model(pretrained, kind="pretrained")
     # The network is the pre-trained one, whatever the recipe's default.
     config = replace(
         config,
         encoder=replace(model.config.encoder, shortcut_scale_shift=config.encoder.shortcut_scale_shift),
     )
-    return MetaTraining(config, model, output, resume=resume).run()
+    return MetaTraining(config, model, output, resume=resume, ranks=ranks).run()

@@ -12,12 +12,14 @@ from torch import Tensor
 from ..config import Config
 from ..data import load_split
 from ..data.store import ImageStore
+from ..engine.ranks import ALONE, Ranks
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
 from ..random_streams import RandomStreams
 from . import checkpoint
-from .logging import RunLog
+from .logging import NoLog, RunLog
 from .models import device_of, load_weights, preprocess_of, save_model, square_size, weights_of
+from .ranks import require_same_start, require_same_state
 from .run import RunFolder, prefixed, stop_on_ctrl_c, tell_of_missing_kernels
 
 
@@ -29,6 +31,7 @@ class Phase(ABC):
     Args:
         config: settings.
         train, val: the splits; None loads them from `config.data.source`.
+        ranks: the processes that share the work; all are given the same.
     """
 
     name: ClassVar[str]  # in messages, such as "pre-training"
@@ -41,9 +44,12 @@ class Phase(ABC):
     optimizer: torch.optim.Optimizer
     total: int
 
-    def __init__(self, config: Config, train: ImageStore | None, val: ImageStore | None) -> None:
+    def __init__(
+        self, config: Config, train: ImageStore | None, val: ImageStore | None, ranks: Ranks = ALONE
+    ) -> None:
         self.config = config
-        self.device = device_of(config)
+        self.ranks = ranks
+        self.device = device_of(config) if ranks.device is None else ranks.device
         source, size = config.data.source, config.data.image_size
         self.train, self.val = (
             (load_split(source, split, size) if store is None else store).to(self.device)
@@ -64,41 +70,59 @@ class Phase(ABC):
             InputError: the loss became non-finite.
             Interrupted: Ctrl-C; the state is saved.
         """
-        if self.update >= self.total and self.folder.model.exists():
+        if self.update >= self.total and self.folder.finished:
             return self.folder.model
-        if self.device.type == "cpu":
+        ranks = self.ranks
+        if self.device.type == "cpu" and ranks.first:
             tell_of_missing_kernels()
         folder = self.folder.path
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
-        log = RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)
+        with ranks.together():
+            log = (
+                RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)
+                if ranks.first
+                else NoLog()
+            )
         with log, stop_on_ctrl_c() as stop:
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
             while self.update < self.total:
                 self._update()
+                # Ctrl-C reaches the ranks in different updates: they stop after the same one.
+                stopping = ranks.any(stop.requested)
                 if self._is_checkpoint():
-                    self._require_finite()
-                    self._report(log)
-                    self._save()
-                elif stop.requested:
-                    self._require_finite()
-                    self._save()
-                if stop.requested and self.update < self.total:
+                    self._checkpoint(log)
+                elif stopping:
+                    self._checkpoint()
+                if stopping and self.update < self.total:
                     raise self.folder.interrupted(f"{self.name} after update {self.update} of {self.total}")
                 log.advance(self.update)
-        save_model(
-            self.folder.model,
-            self.kind,
-            self.config,
-            self.best,
-            image_size=self.image_size,
-            validation_accuracy=self.best_accuracy,
-            curve=self.curve,
-            **self._model_facts(),
-        )
-        if stop.requested:
+        with ranks.together():
+            if ranks.first:
+                save_model(
+                    self.folder.model,
+                    self.kind,
+                    self.config,
+                    self.best,
+                    image_size=self.image_size,
+                    validation_accuracy=self.best_accuracy,
+                    curve=self.curve,
+                    **self._model_facts(),
+                )
+        if ranks.any(stop.requested):
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
+
+    def _checkpoint(self, log: RunLog | None = None) -> None:
+        """Saves the state, after a report where there is a log for it."""
+        with self.ranks.together():
+            self._require_finite()
+        require_same_state(self.ranks, self.update, self.encoder, self.head, self.streams)
+        if log is not None:
+            self._report(log)
+        with self.ranks.together():
+            if self.ranks.first:
+                self._save()
 
     @abstractmethod
     def _update(self) -> None:
@@ -139,7 +163,8 @@ class Phase(ABC):
 
     def _open(self, output: str | Path, *, resume: bool, inputs: dict[str, Any]) -> None:
         """Takes the run's folder and, where it holds this run, goes back to its state."""
-        self.folder = RunFolder(output, self.config, resume=resume, inputs=inputs)
+        require_same_start(self.ranks, self.config, {"train": self.train, "val": self.val}, inputs)
+        self.folder = RunFolder(output, self.config, resume=resume, inputs=inputs, ranks=self.ranks)
         if self.folder.resumed:
             self._restore()
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from ..config import Config, PretrainConfig
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
+from ..engine.ranks import ALONE, Ranks
 from ..episodes import Episodes, EpisodeSampler
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
+from ..nn.encoder import BatchShare
 from ..random_streams import RandomStreams
 from .augment import augmented
 from .logging import RunLog
@@ -32,6 +34,7 @@ class Pretraining(Phase):
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
+        ranks: the processes that share out the images of a batch.
     """
 
     name, command, kind = "pre-training", "pretrain", "pretrained"
@@ -44,8 +47,17 @@ class Pretraining(Phase):
         resume: bool = False,
         train: ImageStore | None = None,
         val: ImageStore | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(config, train, val)
+        with ranks.together():
+            self._prepare(config, train, val, ranks)
+        inputs = {"train": facts_of(self.train), "val": facts_of(self.val)}
+        self._open(output, resume=resume, inputs=inputs)
+
+    def _prepare(
+        self, config: Config, train: ImageStore | None, val: ImageStore | None, ranks: Ranks
+    ) -> None:
+        super().__init__(config, train, val, ranks)
         self.settings = config.pretrain
         initial = self.streams.stream("initial")
         self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
@@ -59,32 +71,43 @@ class Pretraining(Phase):
         self.total = self.settings.epochs * self.updates_per_epoch
         self.order = torch.empty(0, dtype=torch.int64)
         self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images since the last log row
-        inputs = {"train": facts_of(self.train), "val": facts_of(self.val)}
-        self._open(output, resume=resume, inputs=inputs)
+        batch_size = min(self.settings.batch_size, self.train.n_images)
+        if batch_size < ranks.size:
+            raise InputError(
+                f"a batch of {batch_size} images is too small for {ranks.size} ranks, each of which takes at least "
+                "one; start fewer processes or raise --pretrain.batch-size"
+            )
 
     def _update(self) -> None:
         place = self.update % self.updates_per_epoch
         if place == 0:
             self.order = torch.randperm(self.train.n_images, generator=self.streams.stream("pretrain_order"))
         rows = self.order[place * self.settings.batch_size :][: self.settings.batch_size].to(self.device)
+        own = self.ranks.share(len(rows))
         self.encoder.train()
         self._seed_dropout()
-        x = augmented(self.train, rows, self.preprocess, self.settings, self.streams.stream("augmentation"))
-        labels = self.train.labels[rows]
+        augmentation = self.streams.stream("augmentation")
+        x = augmented(self.train, rows, self.preprocess, self.settings, augmentation, own)
+        labels = self.train.labels[rows[own]]
+        if not self.ranks.alone:
+            self.encoder.share = BatchShare(own.start, len(rows), self.ranks.gather)
         logits = self.head(self.encoder(x))
+        self.encoder.share = None
         loss = F.cross_entropy(logits, labels)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.update, self.updates_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with self.ranks.summing([*self.encoder.parameters(), *self.head.parameters()]) as along:
+            (loss * (len(labels) / len(rows))).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(dim=1) == labels).sum()
+                n_images = loss.new_tensor(len(labels))
+                sums = torch.stack([loss.double() * len(labels), correct.double(), n_images.double()])
+            along.append(sums)
         self.optimizer.step()
-        with torch.no_grad():
-            correct = (logits.argmax(dim=1) == labels).sum()
-            self.sums += torch.stack(
-                [loss.double() * len(rows), correct.double(), loss.new_tensor(len(rows)).double()]
-            ).cpu()
+        self.sums += sums.cpu()
         if not math.isfinite(float(self.sums[0])):
-            raise self._not_finite(f"the loss became {float(loss.detach())}")
+            raise self._not_finite(f"the loss became {float(sums[0] / sums[2])}")
         self.update += 1
 
     def _seed_dropout(self) -> None:
@@ -134,6 +157,7 @@ class Pretraining(Phase):
             self.preprocess,
             inner_lr=inner.lr,
             inner_steps=inner.test_steps,
+            ranks=self.ranks,
         )
         return float(result.accuracy.mean())
 
@@ -184,8 +208,8 @@ def _optimizer(settings: PretrainConfig, encoder: Encoder, head: LinearHead) -> 
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
-def pretrain(config: Config, output: str | Path, *, resume: bool = False) -> Path:
+def pretrain(config: Config, output: str | Path, *, resume: bool = False, ranks: Ranks = ALONE) -> Path:
     """Pre-trains as `config` says and returns the model file in `output`; see `Pretraining`."""
     # Validation is 1-shot whatever the tasks to come: one encoder serves them all.
     config = replace(config, episodes=replace(config.episodes, n_shot=1))
-    return Pretraining(config, output, resume=resume).run()
+    return Pretraining(config, output, resume=resume, ranks=ranks).run()

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Config
+from ..engine.ranks import ALONE, CommonEnd, Ranks
 from ..errors import InputError
 from ..kernels import native
 from ..kernels.native.build import runnable_variants
@@ -24,7 +25,7 @@ from ..ops.backend import ENVIRONMENT_VARIABLE
 from . import checkpoint
 
 
-class Interrupted(Exception):
+class Interrupted(CommonEnd):
     """Ctrl-C arrived and the state is saved; the message says how to go on."""
 
 
@@ -69,13 +70,14 @@ def tell_of_missing_kernels() -> None:
 
 
 class RunFolder:
-    """The folder of one phase.
+    """The folder of one phase; of several ranks only the first reads and writes it.
 
     Args:
         path: made if missing.
         config: the phase's settings, written to ``config.json``.
         resume: continue the run that is there; without one, begin it.
         inputs: what the run is given beside its settings (sizes of the data, say), to be the same on resume.
+        ranks: the processes of this run.
 
     Raises:
         InputError: the folder cannot be made, or holds a run and `resume` is off, or a run that cannot go on: its
@@ -83,13 +85,26 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | Path, config: Config, *, resume: bool, inputs: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        config: Config,
+        *,
+        resume: bool,
+        inputs: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.path = Path(path)
         self.config = config
         self.inputs = inputs or {}
         self.tensors: dict[str, Tensor] = {}
         self.meta: dict[str, Any] = {}
+        self.finished = False
+        with ranks.together():
+            if ranks.first:
+                self._take(resume)
+        self.tensors, self.meta, self.finished = ranks.from_first((self.tensors, self.meta, self.finished))
+
+    def _take(self, resume: bool) -> None:
         occupied = [p for p in (self.checkpoint, self.model) if p.exists()]
         if occupied and not resume:
             raise InputError(
@@ -104,7 +119,8 @@ class RunFolder:
                 f"{self.path}: holds {occupied[0].name} but no {self.checkpoint.name} to go on from; "
                 "give another --output"
             )
-        write_text(self.path / "config.json", config.to_json() + "\n")
+        write_text(self.path / "config.json", self.config.to_json() + "\n")
+        self.finished = self.model.exists()
 
     @property
     def checkpoint(self) -> Path:

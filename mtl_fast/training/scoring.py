@@ -24,6 +24,7 @@ from ..engine.evaluate import (
     embedded_parts,
     fit_and_score,
 )
+from ..engine.ranks import ALONE, Ranks
 from ..episodes import Episodes
 from ..errors import InputError
 from .models import preprocess_of
@@ -43,13 +44,21 @@ class Scoring:
         parts: where pieces are kept and found.
         shard: whose tasks.
         by_step: accuracy after each step of the inner loop, too.
+        ranks: processes that share out the tasks, without a shard and without keeping pieces.
     """
 
     def __init__(
-        self, subject: Subject, episodes: Episodes, parts: Parts, shard: Shard, *, by_step: bool = False
+        self,
+        subject: Subject,
+        episodes: Episodes,
+        parts: Parts,
+        shard: Shard,
+        *,
+        by_step: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.subject, self.episodes, self.parts = subject, episodes, parts
-        self.shard, self.by_step = shard, by_step
+        self.shard, self.by_step, self.ranks = shard, by_step, ranks
         self.preprocess = preprocess_of(subject.config)
 
     def run(self) -> dict[str, Tensor]:
@@ -66,10 +75,20 @@ class Scoring:
                 f"{TASKS_PER_PART}; take at most {n_parts} shards"
             )
         starts = [part * TASKS_PER_PART for part in share]
+        if not self.ranks.alone:
+            return self._on_ranks(starts)
         return _joined(
             self.parts.get(f"tasks-{start:07d}", partial(self._score, start))
             for start in _progress(starts, "tasks", TASKS_PER_PART)
         )
+
+    def _on_ranks(self, starts: list[int]) -> dict[str, Tensor]:
+        """Each rank's share of the parts, then those of all in the order of the tasks."""
+        if self.subject.norm != "episode":
+            self._embedded  # noqa: B018 - an exchange: also a rank without a part takes part in it
+        own = {start: self._score(start) for start in starts[self.ranks.share(len(starts))]}
+        every = {start: piece for found in self.ranks.gather_objects(own) for start, piece in found.items()}
+        return _joined(every[start] for start in starts)
 
     def _score(self, start: int) -> dict[str, Tensor]:
         tasks = slice(start, start + TASKS_PER_PART)
@@ -107,6 +126,10 @@ class Scoring:
             )
         assert encoder is not None
         rows, mirrored, support, query = distinct_images(self.episodes, store.n_images, mirror_support=mirror)
+
+        if not self.ranks.alone:
+            features = embed_rows(encoder, store, rows, self.preprocess, mirrored=mirrored, ranks=self.ranks)
+            return EmbeddedEpisodes(self.episodes, features, support, query)
 
         def embed(start: int) -> dict[str, Tensor]:
             block = slice(start, start + IMAGES_PER_PART)

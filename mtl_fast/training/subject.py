@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..config import Config, EvaluationConfig
 from ..data.features import FeatureStore
 from ..data.store import ImageStore
@@ -15,7 +17,7 @@ from ..errors import InputError
 from ..nn import Encoder, LinearHead
 from .checkpoint import nest
 from .embeddings import load_embeddings
-from .models import device_of, fingerprint, load_model, split_for, weights_of
+from .models import fingerprint, load_model, split_for, weights_of
 
 HeadStart = Literal["learned", "zeros"]
 
@@ -92,39 +94,45 @@ class Subject:
 
 
 def model_subject(
-    checkpoint: str | Path, changes: Changes, *, data: str | None = None, head: HeadStart = "learned"
+    checkpoint: str | Path,
+    changes: Changes,
+    device: torch.device,
+    *,
+    data: str | None = None,
+    head: HeadStart = "learned",
 ) -> Subject:
     """A model file and a split to test it on.
 
     Args:
         checkpoint: the file, or a run's folder.
         changes: settings of the test.
+        device: where to run.
         data: another source of images than the one trained on.
         head: ``zeros`` fits fresh heads though there is a meta-learned one.
 
     Raises:
-        InputError: no such model, data or device; a head of another n_way; a setting out of its range.
+        InputError: no such model or data; a head of another n_way; a setting out of its range.
     """
-    target = device_of(replace(Config(), device=changes.device))
-    model = load_model(checkpoint, device=target)
+    model = load_model(checkpoint, device=device)
     config = changes.over(model.config)
     start = head_for(model.head, config.episodes.n_way, model.encoder.feature_dim, head, str(checkpoint))
     store = split_for(model, data, config.evaluation.split)
     trained_on = model.config.data.source
     where = "" if data in (None, trained_on) else f"{data} (trained on {trained_on})"
     return Subject(
-        str(checkpoint), config, store.to(target), model.encoder, model.norm, start.to(target), where
+        str(checkpoint), config, store.to(device), model.encoder, model.norm, start.to(device), where
     )
 
 
-def features_subject(file: str | Path, changes: Changes, *, head: HeadStart = "learned") -> Subject:
+def features_subject(
+    file: str | Path, changes: Changes, device: torch.device, *, head: HeadStart = "learned"
+) -> Subject:
     """A file of features, with the settings of the model that made them.
 
     Raises:
         InputError: as `model_subject`; mirrored support is asked for, and the file has no features of mirror images.
     """
-    target = device_of(replace(Config(), device=changes.device))
-    found = load_embeddings(file, device=target)
+    found = load_embeddings(file, device=device)
     split = found.meta.get("split", changes.evaluation.split)
     changes = replace(changes, evaluation=replace(changes.evaluation, split=split))
     config = changes.over(found.config)
@@ -135,7 +143,7 @@ def features_subject(file: str | Path, changes: Changes, *, head: HeadStart = "l
         )
     width = found.store.features.shape[1]
     start = head_for(found.head, config.episodes.n_way, width, head, str(file))
-    return Subject(str(file), config, found.store, None, "frozen", start.to(target), str(file))
+    return Subject(str(file), config, found.store, None, "frozen", start.to(device), str(file))
 
 
 def head_for(

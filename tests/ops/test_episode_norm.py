@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl_fast.kernels.contracts import ChannelNorm, Epilogue, Normalised
+from mtl_fast.kernels.reference.episode_norm import statistics
 from mtl_fast.ops import episode_norm, ss_conv
 from tests.conv_cases import Random, assert_near, plain_epilogue, plain_norm
 
@@ -282,6 +283,20 @@ def test_the_stored_statistics_are_neither_read_nor_moved() -> None:
     assert torch.equal(norm.var, var)
 
 
+def test_a_group_over_two_processes_has_the_statistics_of_all_its_images() -> None:
+    """One process's part, the other's vector given; tests/engine/test_ranks.py has real ones and the gradients."""
+    z, norm = make((1, 5, 4, 3, 3))
+    mean, var, count = statistics(z[3:], 1, None)
+    other = torch.cat([mean[0], var[0], count])
+    whole = episode_norm(z, norm, n_groups=1, backend="torch")
+    part = episode_norm(z[:3], norm, n_groups=1, gather=lambda own: torch.stack([own, other]))
+    tolerance = 16 * 45**0.5 * EPS
+    for ours, wanted in zip(part, (whole.output[:3], *whole[1:]), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance)
+    with pytest.raises(RuntimeError, match="its statistics span several processes"):
+        episode_norm(z[:3], norm, n_groups=1, gather=torch.stack, backend="native")
+
+
 Z, NORM = torch.zeros(6, 4, 2, 2), ChannelNorm(None, None)
 
 
@@ -298,6 +313,8 @@ Z, NORM = torch.zeros(6, 4, 2, 2), ChannelNorm(None, None)
         (Z, NORM, {"residual": Z[:, :1]}, ["residual", "(6, 1, 2, 2)", "(6, 4, 2, 2)"]),
         (Z, NORM, {"epilogue": Epilogue("relu")}, ["epilogue.activation", "'relu'"]),
         (Z[..., :1], NORM, {"epilogue": Epilogue(pool=True)}, ["pool", "(6, 4, 2, 1)"]),
+        (Z, NORM, {"gather": torch.stack}, ["gather", "2 groups"]),
+        (Z, NORM, {"gather": torch.stack, "n_groups": 1, "mask": torch.ones(6) > 0}, ["gather", "mask True"]),
     ],
 )
 def test_errors_name_argument_and_shapes(

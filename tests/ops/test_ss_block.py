@@ -231,6 +231,7 @@ CONVS, SHORTCUT = [conv(5, 3, 3, 3), conv(5, 5, 3, 3)], conv(5, 3, 1, 1)
         (X, CONVS, SHORTCUT, {"mask": torch.ones(5) > 0, "n_groups": 2}, ["mask", "(5,)", "(6,)"]),
         (X, CONVS, SHORTCUT, {"epilogue": Epilogue("leaky")}, ["epilogue.activation", "'leaky'"]),
         (X[:, :, :1], CONVS, SHORTCUT, {}, ["pool", "(6, 5, 1, 4)"]),
+        (X, CONVS, SHORTCUT, {"gather": torch.stack}, ["gather", "0 groups"]),
     ],
 )
 def test_errors_name_argument_and_shapes(

@@ -91,7 +91,7 @@ def bilinear(image: Tensor, y: float, x: float) -> Tensor:
 
 def test_a_resized_crop_is_the_box_brought_back_to_full_size() -> None:
     images = originals()[:4] / 255
-    x = resized_crop(images, stream(5))
+    x = resized_crop(images, torch.rand(4, 4, generator=stream(5)))
     u = torch.rand(4, 4, generator=stream(5)).tolist()
     for image, out, (a, b, c, d) in zip(images, x, u, strict=True):
         area, aspect = 0.08 + 0.92 * a, (3 / 4) * (16 / 9) ** b
@@ -107,7 +107,7 @@ def test_boxes_stay_inside_and_within_their_bounds() -> None:
     n, size = 3000, 32
     ramp = torch.arange(size, dtype=torch.float64)
     coordinates = torch.stack([ramp.view(-1, 1).expand(size, size), ramp.expand(size, size)])
-    x = resized_crop(coordinates.expand(n, 2, size, size), stream(1))
+    x = resized_crop(coordinates.expand(n, 2, size, size), torch.rand(n, 4, generator=stream(1)))
     rows, columns = x[:, 0, :, 0], x[:, 1, 0, :]
     assert float(x.min()) >= 0
     assert float(x.max()) <= size - 1
@@ -127,7 +127,7 @@ def test_boxes_stay_inside_and_within_their_bounds() -> None:
 def test_colour_jitter_is_brightness_contrast_saturation_in_turn() -> None:
     images = originals() / 255
     strength = 0.4
-    x = colour_jitter(images, strength, stream(2))
+    x = colour_jitter(images, strength, torch.rand(3, 7, generator=stream(2)))
     factors = (1 + strength * (2 * torch.rand(3, 7, 1, 1, 1, generator=stream(2)) - 1)).flatten(1)
     assert bool(((factors > 0.6) & (factors < 1.4)).all())
 
@@ -144,7 +144,8 @@ def test_colour_jitter_is_brightness_contrast_saturation_in_turn() -> None:
 
 
 def test_a_grey_image_keeps_its_lack_of_colour() -> None:
-    x = colour_jitter(torch.rand(3, 1, 9, 9, generator=stream(0)).expand(3, 3, 9, 9), 0.9, stream(1))
+    images = torch.rand(3, 1, 9, 9, generator=stream(0)).expand(3, 3, 9, 9)
+    x = colour_jitter(images, 0.9, torch.rand(3, 3, generator=stream(1)))
     assert float((x - x.mean(dim=1, keepdim=True)).abs().max()) < 1e-6
     assert colorsys.rgb_to_hsv(*x[0, :, 0, 0].tolist())[1] < 1e-5
 
@@ -155,7 +156,8 @@ def test_all_together_are_each_in_turn() -> None:
     flip = torch.rand(7, generator=g) < 0.5
     images = originals() / 255
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-    images = colour_jitter(resized_crop(images, g), 0.3, g)
+    images = resized_crop(images, torch.rand(len(images), 4, generator=g))
+    images = colour_jitter(images, 0.3, torch.rand(3, len(images), generator=g))
     expected = torch.stack([normalised(image * 255) for image in images])
     out = run(config, 9)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -179,6 +181,14 @@ def test_the_stream_alone_decides(config: PretrainConfig) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(first, second)
     assert torch.equal(run(config, 4), first) == (config is PLAIN)
+
+
+@pytest.mark.parametrize("config", [PretrainConfig(), PretrainConfig(crop="shift", jitter=0.0), PLAIN])
+def test_the_parts_of_a_batch_are_the_batch(config: PretrainConfig) -> None:
+    parts = [
+        augmented(STORE, ROWS, PREPROCESS, config, stream(3), share) for share in (slice(0, 4), slice(4, 7))
+    ]
+    assert torch.equal(torch.cat(parts), run(config, 3))
 
 
 def test_the_images_of_the_store_stay() -> None:

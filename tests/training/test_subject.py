@@ -19,6 +19,8 @@ from mtl_fast.training.subject import Changes, Subject, features_subject, head_f
 from tests.training import tiny
 from tests.training.tiny import CONFIG
 
+CPU = torch.device("cpu")
+
 
 def test_what_is_not_changed_is_the_model_s() -> None:
     assert Changes(evaluation=CONFIG.evaluation, device="cpu").over(CONFIG) == CONFIG
@@ -49,7 +51,7 @@ def of_features(tmp_path: Path, **changes: torch.Tensor) -> Subject:
     tensors = {"features": torch.ones(4, 3), "labels": torch.tensor([0, 1, 0, 1])} | changes
     store = FeatureStore(**tensors, class_names=("a", "b"))  # type: ignore[arg-type]
     save_embeddings(tmp_path / "f.safetensors", store, LinearHead(3, 2, init="zeros"))
-    return features_subject(tmp_path / "f.safetensors", Changes(n_way=2, device="cpu"))
+    return features_subject(tmp_path / "f.safetensors", Changes(n_way=2), CPU)
 
 
 def test_facts_tell_data_weights_and_settings_apart(tmp_path: Path) -> None:
@@ -75,11 +77,13 @@ def test_an_encoder_s_weights_are_among_the_facts(
     monkeypatch.setattr(models, "load_split", lambda source, split, size: tiny.split(split))
     changes = Changes(device="cpu")
     first, second = (
-        model_subject(path, changes, head="zeros").facts() for path in (pretrained, meta_trained)
+        model_subject(path, changes, CPU, head="zeros").facts() for path in (pretrained, meta_trained)
     )
     assert first["data"] == second["data"]
     assert first["weights"] != second["weights"]
     assert (
-        model_subject(pretrained, replace(changes, evaluation=EvaluationConfig(split="val"))).facts()["data"]
+        model_subject(pretrained, replace(changes, evaluation=EvaluationConfig(split="val")), CPU).facts()[
+            "data"
+        ]
         != first["data"]
     )
