@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .engine import EpisodicEngine, Preprocess, evaluate
     from .episodes import Episodes, EpisodeSampler, HardTaskPool
     from .errors import InputError
-    from .nn import Conv4, LinearHead, ResNet12, ScaleShiftConv2d
+    from .nn import Conv4, LinearHead, ResNet12, ResNet25, ScaleShiftConv2d
     from .ops import base_learner, fit_heads, ss_block, ss_conv, why
     from .random_streams import RandomStreams
     from .training.evaluate import evaluate_model
@@ -40,6 +40,7 @@ _HOME = {
     "Conv4": "nn",
     "LinearHead": "nn",
     "ResNet12": "nn",
+    "ResNet25": "nn",
     "ScaleShiftConv2d": "nn",
     "base_learner": "ops",
     "fit_heads": "ops",
@@ -66,6 +67,7 @@ __all__ = [
     "Preprocess",
     "RandomStreams",
     "ResNet12",
+    "ResNet25",
     "ScaleShiftConv2d",
     "base_learner",
     "evaluate",

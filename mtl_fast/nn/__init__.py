@@ -4,6 +4,16 @@ from .conv4 import Conv4
 from .encoder import Embeddings, Encoder
 from .linear_head import LinearHead
 from .resnet12 import ResNet12
+from .resnet25 import ResNet25
 from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
 
-__all__ = ["ChannelNorm2d", "Conv4", "Embeddings", "Encoder", "LinearHead", "ResNet12", "ScaleShiftConv2d"]
+__all__ = [
+    "ChannelNorm2d",
+    "Conv4",
+    "Embeddings",
+    "Encoder",
+    "LinearHead",
+    "ResNet12",
+    "ResNet25",
+    "ScaleShiftConv2d",
+]

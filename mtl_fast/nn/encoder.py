@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,25 +86,32 @@ class Encoder(nn.Module, ABC):
             parameter.requires_grad_(False)
 
     def enable_scale_shift(
-        self, granularity: Granularity = "kernel", *, last_block_only: bool = False
+        self,
+        granularity: Granularity = "kernel",
+        *,
+        last_block_only: bool = False,
+        shift: Literal["every", "biased"] = "every",
     ) -> None:
         """Freezes Θ and starts Φ as the identity, on every convolution or on the last block's only.
 
         A Φ that was there before is dropped.
+
+        Args:
+            granularity: of Φ_S1.
+            last_block_only: Θ4 of the ablations.
+            shift: Φ_S2 beside every Φ_S1, or only where the frozen convolution has a bias (MTL's PyTorch code).
         """
         self.freeze()
         for conv in self.convs():
             conv.scale = conv.shift = None
         for conv in self.convs(self.blocks()[-1] if last_block_only else None):
             if self.takes_scale_shift(conv):
-                conv.enable_scale_shift(granularity)
+                conv.enable_scale_shift(granularity, shift=shift == "every" or conv.bias is not None)
 
     def scale_shift_parameters(self) -> Iterator[nn.Parameter]:
         """Φ_S1 and Φ_S2 of every convolution that has them."""
         for conv in self.convs():
-            if conv.scale is not None and conv.shift is not None:
-                yield conv.scale
-                yield conv.shift
+            yield from (p for p in (conv.scale, conv.shift) if p is not None)
 
     def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
         """`effective_weights` of all layers that read them, for every forward of one meta-step; None of the others.

@@ -104,15 +104,15 @@ class ScaleShiftConv2d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def enable_scale_shift(self, granularity: Granularity = "kernel") -> None:
-        """Freezes weight and bias and starts Φ_S1 at 1, Φ_S2 at 0, as new parameters."""
+    def enable_scale_shift(self, granularity: Granularity = "kernel", *, shift: bool = True) -> None:
+        """Freezes weight and bias and starts Φ_S1 at 1, Φ_S2 (with `shift`) at 0, as new parameters."""
         if granularity not in ("kernel", "filter"):
             raise ValueError(f"granularity: {granularity!r} is neither kernel nor filter")
         self.freeze()
         n_out, n_in = self.weight.shape[:2]
         shape = (n_out, n_in if granularity == "kernel" else 1, 1, 1)
         self.scale = nn.Parameter(self.weight.new_ones(shape))
-        self.shift = nn.Parameter(self.weight.new_zeros(n_out))
+        self.shift = nn.Parameter(self.weight.new_zeros(n_out)) if shift else None
 
     def freeze(self) -> None:
         """No gradient for weight, bias and the norm's affine."""
