@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -190,6 +190,28 @@ class Evaluate:
         print(evaluate_model(**{name: getattr(self, name) for name in self.__dataclass_fields__}))
 
 
+@dataclass(frozen=True)
+class Import:
+    """Make a model file of weights from elsewhere: MTL's TensorFlow .npy or PyTorch .pth, or LibFewShot's .pth."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """A .pth, or TensorFlow's weights.npy with, of a meta-trained model, its ss_weights.npy and fc_weights.npy."""
+    output: Path
+    """Model file to write, such as model.safetensors."""
+    format: Literal["auto", "tensorflow", "pytorch", "libfewshot"] = "auto"
+    """Whose files they are; `auto` looks inside."""
+    image_size: int | None = None
+    """Height and width of the images it is for; by default those its program uses."""
+
+    def run(self) -> None:
+        from .training.import_weights import import_weights
+        from .training.ledger import table
+
+        imported = import_weights(self.files, self.output, format=self.format, image_size=self.image_size)
+        print("\n".join(table(imported.entries)))
+        print(f"{imported} in {self.output}")
+
+
 def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
     common: dict[str, Any] = {
@@ -203,6 +225,7 @@ def commands(config: Config) -> dict[str, Any]:
         "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain),
         "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
         "evaluate": Evaluate(tyro.MISSING),
+        "import": Import(tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "build": Build(),
     }

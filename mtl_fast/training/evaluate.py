@@ -65,7 +65,7 @@ def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -
         preprocess_of(config),
         inner_lr=config.inner.lr,
         inner_steps=config.inner.test_steps,
-        norm=config.meta.norm if model.head is not None else "frozen",
+        norm=model.norm,
     )
     return Score(result.accuracy.cpu(), mean_interval(result.accuracy), config), result
 

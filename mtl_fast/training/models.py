@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import Config, EncoderConfig
 from ..data.store import ImageStore
-from ..engine.step import Preprocess
+from ..engine.step import NormMode, Preprocess
 from ..errors import InputError
 from ..nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
 from ..random_streams import RandomStreams
@@ -140,6 +140,16 @@ class Model:
     image_size: int
     meta: dict[str, Any]
     path: Path
+
+    @property
+    def stored_statistics(self) -> bool:
+        """Whether its norms have running statistics; weights imported from a program that saves none have not."""
+        return bool(self.meta.get("stored_statistics", True))
+
+    @property
+    def norm(self) -> NormMode:
+        """Statistics of the norms at test; a pre-trained network has its stored ones, if any."""
+        return "frozen" if self.head is None and self.stored_statistics else self.config.meta.norm
 
 
 def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Tensor]:
