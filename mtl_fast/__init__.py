@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .ops import base_learner, fit_heads, ss_block, ss_conv, why
     from .random_streams import RandomStreams
     from .training.evaluate import evaluate_model
+    from .training.export_weights import export_weights
+    from .training.import_weights import import_weights
     from .training.meta_train import meta_train
     from .training.models import load_model
     from .training.pretrain import pretrain
@@ -49,6 +51,8 @@ _HOME = {
     "why": "ops",
     "RandomStreams": "random_streams",
     "evaluate_model": "training.evaluate",
+    "export_weights": "training.export_weights",
+    "import_weights": "training.import_weights",
     "load_model": "training.models",
     "meta_train": "training.meta_train",
     "pretrain": "training.pretrain",
@@ -72,7 +76,9 @@ __all__ = [
     "base_learner",
     "evaluate",
     "evaluate_model",
+    "export_weights",
     "fit_heads",
+    "import_weights",
     "load_model",
     "load_split",
     "meta_train",

@@ -212,6 +212,23 @@ class Import:
         print(f"{imported} in {self.output}")
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write a model for other programs: its tensors, or a network with scale, shift and norms folded in."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Model file, or run folder, of `pretrain`, `meta-train` or `import`."""
+    output: Path
+    """File to write, such as features.onnx."""
+    format: Literal["state-dict", "torch", "onnx"]
+    """Tensors for torch.load; an ordinary network for torch.export.load (.pt2); or ONNX."""
+
+    def run(self) -> None:
+        from .training.export_weights import export_weights
+
+        print(export_weights(self.checkpoint, self.output, format=self.format))
+
+
 def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
     common: dict[str, Any] = {
@@ -226,6 +243,7 @@ def commands(config: Config) -> dict[str, Any]:
         "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
         "evaluate": Evaluate(tyro.MISSING),
         "import": Import(tyro.MISSING, tyro.MISSING),
+        "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "build": Build(),
     }

@@ -88,7 +88,10 @@ def state_of(path: Path, content: Any) -> dict[str, Tensor]:
         InputError: it is none.
     """
     if isinstance(content, dict) and content and all(isinstance(key, str) for key in content):
-        content = {".".join(p for p in key.split(".") if p != "module"): v for key, v in content.items()}
+        renamed = {".".join(p for p in key.split(".") if p != "module"): v for key, v in content.items()}
+        if len(renamed) < len(content):
+            raise InputError(f"{path}: has names with and without 'module' for the same tensor")
+        content = renamed
     return _tensors(path, content)
 
 

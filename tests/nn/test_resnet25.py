@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_fast.nn import ResNet12, ResNet25
+from mtl_fast.nn import ResNet25
 from mtl_fast.ops import why
 from tests.conv_cases import assert_near
 from tests.native_cases import EPS, Kinks, amplification, assert_near_as_torch, needs_native
@@ -72,15 +72,6 @@ def test_images_of_any_size(size: tuple[int, int]) -> None:
     x = images(2, *size)
     assert encoder(x).shape == (2, 9)
     assert_near(encoder(x), plain_network(encoder)(x), 1e-5)
-
-
-@pytest.mark.parametrize("size", [32, 80, 84, 97])
-def test_resnet12_of_either_width_takes_these_sizes_too(size: int) -> None:
-    with torch.device("meta"):
-        for widths in ((64, 128, 256, 512), (64, 160, 320, 640)):
-            encoder = ResNet12(widths).eval()
-            encoder.backend = "torch"
-            assert encoder(torch.empty(2, 3, size, size)).shape == (2, widths[-1])
 
 
 def test_its_counts_are_those_of_the_public_code() -> None:

@@ -103,6 +103,11 @@ def test_hostile_and_damaged_pth_files_are_named(tmp_path: Path) -> None:
     assert torch.equal(read_pth(path)["a"], torch.ones(3))
 
 
+def test_two_names_for_one_tensor_are_an_error(tmp_path: Path) -> None:
+    content = {"a.module.b": torch.ones(1), "a.b": torch.ones(1)}
+    assert "with and without 'module'" in error_of(lambda path: state_of(path, content), tmp_path)
+
+
 def test_a_state_is_float32_and_has_no_module_in_its_names(tmp_path: Path) -> None:
     content = {"net.module.a": torch.ones(2, dtype=torch.float64), "module.n": torch.tensor(7)}
     state = state_of(tmp_path, content)
