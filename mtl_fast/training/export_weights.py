@@ -19,6 +19,7 @@ from .models import Model, load_model, weights_of
 from .run import make_folder, write_bytes
 
 Format = Literal["state-dict", "torch", "onnx"]
+Run = Callable[[Tensor], Tensor]
 
 
 def export_weights(checkpoint: str | Path, output: str | Path, *, format: Format) -> str:
@@ -45,30 +46,31 @@ def export_weights(checkpoint: str | Path, output: str | Path, *, format: Format
     if format == "onnx":
         _require_onnx()
     model = load_model(checkpoint)
-    if format == "state-dict":
-        tensors = weights_of(model.encoder, model.head)
-        said = f"{len(tensors)} tensors"
-    else:
-        if model.norm == "episode":
-            raise InputError(
-                f"{model.path}: its norms use each task's own statistics (norm 'episode'), which do not fold into "
-                "convolutions; give --format state-dict"
-            )
-        data = model.config.data
-        network = folded(model.encoder, data.mean, data.std)
-        payload, run = (_torch_program if format == "torch" else _onnx_program)(network, model.image_size)
-        said = f"images [N, 3, {model.image_size}, {model.image_size}] → features [N, {model.encoder.feature_dim}]"
-        said += ", not checked: onnxruntime is not installed" if run is None else _difference(model, run)
+    payload, said = _state_dict(model) if format == "state-dict" else _network(model, format)
     make_folder(output.parent)
-    if format == "state-dict":
-        buffer = io.BytesIO()
-        torch.save(tensors, buffer)
-        payload = buffer.getvalue()
     write_bytes(output, payload)
     return f"{output} ({len(payload):,} bytes): {said}"
 
 
-Run = Callable[[Tensor], Tensor]
+def _state_dict(model: Model) -> tuple[bytes, str]:
+    tensors, buffer = weights_of(model.encoder, model.head), io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue(), f"{len(tensors)} tensors"
+
+
+def _network(model: Model, format: Literal["torch", "onnx"]) -> tuple[bytes, str]:
+    if model.norm == "episode":
+        raise InputError(
+            f"{model.path}: its norms use each task's own statistics (norm 'episode'), which do not fold into "
+            "convolutions; give --format state-dict"
+        )
+    data, size = model.config.data, model.image_size
+    network = folded(model.encoder, data.mean, data.std)
+    payload, run = (_torch_program if format == "torch" else _onnx_program)(network, size)
+    compared = (
+        "not compared with ours: onnxruntime is not installed" if run is None else _difference(model, run)
+    )
+    return payload, f"images [N, 3, {size}, {size}] → features [N, {model.encoder.feature_dim}], {compared}"
 
 
 def _difference(model: Model, run: Run) -> str:
@@ -80,7 +82,7 @@ def _difference(model: Model, run: Run) -> str:
     with torch.no_grad():
         ours = model.encoder(Standardise(data.mean, data.std)(images))
         error = (run(images) - ours).abs().max() / ours.abs().max()
-    return f", {float(error):.1e} from ours relative to the largest feature"
+    return f"{float(error):.1e} from ours relative to the largest feature"
 
 
 def _exported(network: nn.Module, image_size: int) -> torch.export.ExportedProgram:

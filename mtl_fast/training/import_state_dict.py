@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def import_state_dict(paths: Sequence[Path], source: Source | None = None) -> Im
     config = replace(
         config,
         encoder=EncoderConfig(
-            "resnet25" if name == "resnet25" else "resnet12",
+            name,
             widths=widths,
             shortcut_scale_shift=has_phi,
             dropout=0.0 if name == "resnet25" else 0.1,
@@ -97,6 +97,7 @@ def import_state_dict(paths: Sequence[Path], source: Source | None = None) -> Im
     ledger.leave(lambda key: key.startswith(_PRETRAINING), "the classifier of pre-training")
     if not is_meta:
         ledger.leave(lambda key: ".mtl_" in key, "the identity: pre-training does not move scale and shift")
+    if pretraining:
         ledger.leave(lambda key: key.startswith("base_learner."), "a head that pre-training does not train")
     ledger.close()
     imported.entries = ledger.entries + imported.entries
@@ -121,7 +122,9 @@ def _states(path: Path, content: Any) -> tuple[Source, dict[str, Tensor], list[E
     return "libfewshot", state_of(path, content), beside
 
 
-def _network(ledger: Ledger, prefix: str) -> tuple[str, tuple[int, ...], list[_Layer]]:
+def _network(
+    ledger: Ledger, prefix: str
+) -> tuple[Literal["resnet12", "resnet25"], tuple[int, ...], list[_Layer]]:
     """Which network it is, its widths, and all of its convolutions.
 
     Raises:

@@ -21,7 +21,14 @@ _LAYOUT = "[k, k, I, O] → [O, I, k, k]"
 
 
 def import_tensorflow(paths: Sequence[Path]) -> Imported:
-    """The authors' TensorFlow dictionaries: weights, ss_weights and fc_weights, told apart by what they hold."""
+    """The authors' TensorFlow dictionaries: weights, ss_weights and fc_weights, told apart by what they hold.
+
+    Its norms have no γ; their β is in no file, and the program itself tests with β at 0. Running statistics do not
+    exist there, so the model is one of norm ``episode``.
+
+    Raises:
+        InputError: as of `import_weights`.
+    """
     parts: dict[str, Ledger] = {}
     for path in paths:
         tensors = read_npy(path)
@@ -47,25 +54,19 @@ def import_tensorflow(paths: Sequence[Path]) -> Imported:
     imported = Imported("tensorflow", config, is_meta=len(parts) > 1, stored_statistics=False)
     out, n_in = imported.tensors, 3
 
-    def hwio(ledger: Ledger, key: str, target: str, shape: tuple[int, ...], note: str) -> None:
-        out[target] = ledger.take(key, target, shape, note, lambda t: t.permute(3, 2, 0, 1))
+    def hwio(ledger: Ledger, key: str, target: str, shape: tuple[int, ...]) -> None:
+        out[target] = ledger.take(key, target, shape, _LAYOUT, lambda t: t.permute(3, 2, 0, 1))
 
     for i, width in enumerate(widths):
         block, ours = f"block{i + 1}", f"encoder.layers.{i}"
-        hwio(
-            weights,
-            f"{block}_conv_res",
-            f"{ours}.shortcut.weight",
-            (width, n_in, 1, 1),
-            _LAYOUT,
-        )
+        hwio(weights, f"{block}_conv_res", f"{ours}.shortcut.weight", (width, n_in, 1, 1))
         for j in range(3):
             conv, shape = f"{ours}.convs.{j}", (width, n_in if j == 0 else width)
             key, bias = f"{block}_conv{j + 1}", f"{block}_bias{j + 1}"
-            hwio(weights, key, f"{conv}.weight", (*shape, 3, 3), _LAYOUT)
+            hwio(weights, key, f"{conv}.weight", (*shape, 3, 3))
             out[f"{conv}.bias"] = weights.take(bias, f"{conv}.bias", (width,))
             if ss is not None:
-                hwio(ss, key, f"{conv}.scale", (*shape, 1, 1), _LAYOUT)
+                hwio(ss, key, f"{conv}.scale", (*shape, 1, 1))
                 shift = ss.take(bias, f"{conv}.shift", (width,), "minus the bias, which it replaces there")
                 # In float64, so that bias + shift is the source's value to one rounding.
                 out[f"{conv}.shift"] = (shift.double() - out[f"{conv}.bias"].double()).float()

@@ -122,6 +122,19 @@ def test_without_the_packages_of_onnx_a_line_says_what_brings_them(
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_a_network_that_could_not_be_compared_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_require_onnx", lambda: None)
+    monkeypatch.setattr(module, "_onnx_program", lambda network, size: (b"payload", None))
+    said = export_weights(model_file(tmp_path), tmp_path / "new" / "out.onnx", format="onnx")
+    assert said.endswith(
+        "(7 bytes): images [N, 3, 18, 18] → features [N, 7], not compared with ours: "
+        "onnxruntime is not installed"
+    )
+    assert (tmp_path / "new" / "out.onnx").read_bytes() == b"payload"
+
+
 def test_wrong_inputs_are_one_line_and_leave_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,14 @@ def test_what_pretraining_needed_only_is_left_out(tmp_path: Path) -> None:
     assert len(left) == 16 + 16 + 4 + 4
 
 
+def test_a_head_that_pretraining_leaves_is_none_beside_a_moved_phi(tmp_path: Path) -> None:
+    learner = trained(Learner(ResNet12(mtl=True), "emb_func", 7, pretraining=True))
+    model = imported(tmp_path, learner.state_dict())
+    assert_computes_the_same(model, learner.emb_func)
+    assert model.head is not None
+    assert not model.head.weight.any()
+
+
 def test_a_moved_phi_without_a_head_gets_a_head_of_zeros(tmp_path: Path) -> None:
     network = trained(ResNet12(mtl=True))
     model = imported(tmp_path, network.state_dict())
