@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LinearHead,
         NetworkEncoder,
         ResNet12,
+        ResNet25,
         ScaleShiftConv2d,
         convert,
         fold,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .ops import base_learner, fit_heads, ss_block, ss_conv, why
     from .random_streams import RandomStreams
     from .training.evaluate import evaluate_model
+    from .training.export_weights import export_weights
+    from .training.import_weights import import_weights
     from .training.meta_train import meta_train
     from .training.models import load_model
     from .training.pretrain import pretrain
@@ -53,6 +56,7 @@ _HOME = {
     "LinearHead": "nn",
     "NetworkEncoder": "nn",
     "ResNet12": "nn",
+    "ResNet25": "nn",
     "ScaleShiftConv2d": "nn",
     "convert": "nn",
     "fold": "nn",
@@ -64,6 +68,8 @@ _HOME = {
     "why": "ops",
     "RandomStreams": "random_streams",
     "evaluate_model": "training.evaluate",
+    "export_weights": "training.export_weights",
+    "import_weights": "training.import_weights",
     "load_model": "training.models",
     "meta_train": "training.meta_train",
     "pretrain": "training.pretrain",
@@ -84,14 +90,17 @@ __all__ = [
     "Preprocess",
     "RandomStreams",
     "ResNet12",
+    "ResNet25",
     "ScaleShiftConv2d",
     "adapt_and_predict",
     "base_learner",
     "convert",
     "evaluate",
     "evaluate_model",
+    "export_weights",
     "fit_heads",
     "fold",
+    "import_weights",
     "load_model",
     "load_split",
     "meta_train",

@@ -259,6 +259,45 @@ class Evaluate:
                 ranks.say(score.steps_text())
 
 
+@dataclass(frozen=True)
+class Import:
+    """Make a model file of weights from elsewhere: MTL's TensorFlow .npy or PyTorch .pth, or LibFewShot's .pth."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """A .pth, or TensorFlow's weights.npy with, of a meta-trained model, its ss_weights.npy and fc_weights.npy."""
+    output: Path
+    """Model file to write, such as model.safetensors."""
+    format: Literal["auto", "tensorflow", "pytorch", "libfewshot"] = "auto"
+    """Whose files they are; `auto` looks inside."""
+    image_size: int | None = None
+    """Height and width of the images it is for; by default those its program uses."""
+
+    def run(self) -> None:
+        from .training.import_weights import import_weights
+        from .training.ledger import table
+
+        imported = import_weights(self.files, self.output, format=self.format, image_size=self.image_size)
+        print("\n".join(table(imported.entries)))
+        print(f"{imported} in {self.output}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model for other programs: its tensors, or a network with scale, shift and norms folded in."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Model file, or run folder, of `pretrain`, `meta-train` or `import`."""
+    output: Path
+    """File to write, such as features.onnx."""
+    format: Literal["state-dict", "torch", "onnx"]
+    """Tensors for torch.load; an ordinary network for torch.export.load (.pt2); or ONNX."""
+
+    def run(self) -> None:
+        from .training.export_weights import export_weights
+
+        print(export_weights(self.checkpoint, self.output, format=self.format))
+
+
 def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
     common: dict[str, Any] = {
@@ -273,6 +312,8 @@ def commands(config: Config) -> dict[str, Any]:
         "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
         "evaluate": Evaluate(),
         "embed": Embed(tyro.MISSING, tyro.MISSING),
+        "import": Import(tyro.MISSING, tyro.MISSING),
+        "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "build": Build(),
         "doctor": Doctor(),

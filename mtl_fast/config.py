@@ -30,16 +30,16 @@ class DataConfig:
 class EncoderConfig:
     """The network Θ."""
 
-    name: Literal["resnet12", "conv4"] = "resnet12"
+    name: Literal["resnet12", "resnet25", "conv4"] = "resnet12"
     """Which network."""
     form: Literal["common", "tensorflow"] = "common"
     """ResNet-12's residual form: the common one, or that of MTL's TensorFlow code."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    """Output channels of the blocks (Conv-4: of all layers, one number)."""
+    """Output channels of the blocks (ResNet-25: of its three stages; Conv-4: of all layers, one number)."""
     dropout: float = 0.1
     """Probability after each block, in pre-training only."""
     shortcut_scale_shift: bool = False
-    """Scale and shift the 1×1 shortcuts as well."""
+    """Scale and shift the 1×1 shortcuts as well; those of ResNet-25 always are."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ class MetaConfig:
     """Restrict `learn` to the encoder's last block (Θ4)."""
     granularity: Literal["kernel", "filter"] = "kernel"
     """One scale a k×k kernel, or one a filter."""
+    shift: Literal["every", "biased"] = "every"
+    """Shift every convolution that is scaled, or only those with a bias, as in MTL's PyTorch code."""
+    train_affine: bool = False
+    """Train γ and β of the norms as well, with the rate of what `learn` names."""
     norm: Literal["frozen", "episode", "running"] = "frozen"
     """Statistics of the norms in meta-training and test."""
     head_init: Literal["normal", "zeros"] = "normal"
@@ -181,11 +185,9 @@ class Config:
                     # Written so that a NaN is outside.
                     if number is not None and not low <= number <= high:
                         raise InputError(f"{name} is {number}; it must be {meaning}")
-        n_widths = len(self.encoder.widths)
-        if n_widths != 4 and not (self.encoder.name == "conv4" and n_widths == 1):
-            raise InputError(
-                f"encoder.widths has {n_widths} numbers; {self.encoder.name} takes 4, one a block"
-            )
+        name, n_widths = self.encoder.name, len(self.encoder.widths)
+        if n_widths != _N_WIDTHS[name][0] and not (name == "conv4" and n_widths == 1):
+            raise InputError(f"encoder.widths has {n_widths} numbers; {name} takes {_N_WIDTHS[name][1]}")
 
     def to_json(self) -> str:
         """The settings as indented JSON."""
@@ -200,6 +202,13 @@ class Config:
         """
         return _from_dict(cls, values, "config")
 
+
+# Network → how many widths, in words.
+_N_WIDTHS = {
+    "resnet12": (4, "4, one a block"),
+    "resnet25": (3, "3, one a stage, such as 160 320 640"),
+    "conv4": (4, "4, one a block, or 1 for all"),
+}
 
 # Settings → lowest, highest, what to say; every number of a sequence is meant.
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max

@@ -45,6 +45,8 @@ PAPER = {
     "meta.learn": "scale_shift",
     "meta.last_block_only": False,
     "meta.granularity": "kernel",
+    "meta.shift": "every",
+    "meta.train_affine": False,
     "meta.norm": "frozen",
     "meta.lr": 1e-3,
     "meta.head_lr": 1e-3,
@@ -147,7 +149,9 @@ def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: st
         ("encoder.widths", (8, 0, 32, 64), "encoder.widths is 0; it must be at least 1"),
         ("encoder.dropout", 1.0, "encoder.dropout is 1.0; it must be at least 0 and below 1"),
         ("encoder.dropout", -0.1, "encoder.dropout is -0.1"),
-        ("encoder.name", "resnet18", "encoder.name is 'resnet18'; choose one of: resnet12, conv4"),
+        ("encoder.name", "resnet18", "encoder.name is 'resnet18'; choose one of: resnet12, resnet25, conv4"),
+        ("encoder", EncoderConfig("resnet25"), "encoder.widths has 4 numbers; resnet25 takes 3, one a stage"),
+        ("meta.shift", "stem", "meta.shift is 'stem'; choose one of: every, biased"),
         ("encoder.form", "pytorch", "encoder.form is 'pytorch'"),
         ("pretrain.optimizer", "adam", "pretrain.optimizer is 'adam'; choose one of: sgd, adamw"),
         ("pretrain.lr", 0.0, "pretrain.lr is 0.0; it must be positive and finite"),
@@ -218,6 +222,11 @@ def test_conv4_takes_one_width_or_four() -> None:
         assert Config(encoder=EncoderConfig("conv4", widths=widths)).encoder.widths == widths
     with pytest.raises(InputError, match=r"encoder\.widths has 2 numbers"):
         Config(encoder=EncoderConfig("conv4", widths=(32, 32)))
+
+
+def test_resnet25_takes_three_widths() -> None:
+    config = Config(encoder=EncoderConfig("resnet25", widths=(160, 320, 640)))
+    assert Config.from_dict(json.loads(config.to_json())) == config
 
 
 def test_numbers_are_checked_by_the_whole_not_by_the_parts() -> None:

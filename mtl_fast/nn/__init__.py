@@ -6,6 +6,7 @@ from .encoder import Embeddings, Encoder
 from .linear_head import LinearHead
 from .network_encoder import NetworkEncoder
 from .resnet12 import ResNet12
+from .resnet25 import ResNet25
 from .scale_shift import ChannelNorm2d, ScaleShiftConv2d, scale_shift_parameters
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LinearHead",
     "NetworkEncoder",
     "ResNet12",
+    "ResNet25",
     "ScaleShiftConv2d",
     "convert",
     "fold",

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..kernels.contracts import EffectiveWeights, Epilogue
-from ..ops.episode_norm import episode_norm
-from ..ops.ss_conv import ss_conv
 from .encoder import Embeddings, Encoder, Statistics
+from .layer import normalised_conv
 from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
 
 
@@ -50,21 +49,16 @@ class Conv4(Encoder):
         if mask is not None:
             x = x.where(mask.view(-1, 1, 1, 1), 0)  # a weight's gradient would be 0·NaN
         for i, conv in enumerate(self.convs()):
-            operands = conv.operands(weights[i] if weights is not None else None)
-            if n_groups == 0:
-                x = ss_conv(x, operands, epilogue=self.epilogue, fold=self.fold, backend=self.backend)
-                continue
-            z = ss_conv(x, operands.without_norm(), backend=self.backend)
-            assert operands.norm is not None
-            out = episode_norm(
-                z,
-                operands.norm,
+            out = normalised_conv(
+                x,
+                conv.operands(weights[i] if weights is not None else None),
+                epilogue=self.epilogue,
                 n_groups=n_groups,
                 mask=mask,
-                epilogue=self.epilogue,
+                fold=self.fold,
                 gather=self._gather,
                 backend=self.backend,
             )
-            statistics.append((out.mean, out.var, out.n_values))
+            statistics.extend(out.statistics)
             x = out.output
         return Embeddings(x.flatten(1), statistics)

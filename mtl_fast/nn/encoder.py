@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,18 +103,27 @@ class Encoder(nn.Module, ABC):
             parameter.requires_grad_(False)
 
     def enable_scale_shift(
-        self, granularity: Granularity = "kernel", *, last_block_only: bool = False
+        self,
+        granularity: Granularity = "kernel",
+        *,
+        last_block_only: bool = False,
+        shift: Literal["every", "biased"] = "every",
     ) -> None:
         """Freezes Θ and starts Φ as the identity, on every convolution or on the last block's only.
 
         A Φ that was there before is dropped.
+
+        Args:
+            granularity: of Φ_S1.
+            last_block_only: Θ4 of the ablations.
+            shift: Φ_S2 beside every Φ_S1, or only where the frozen convolution has a bias (MTL's PyTorch code).
         """
         self.freeze()
         for conv in self.convs():
             conv.scale = conv.shift = None
         for conv in self.convs(self.blocks()[-1] if last_block_only else None):
             if self.takes_scale_shift(conv):
-                conv.enable_scale_shift(granularity)
+                conv.enable_scale_shift(granularity, shift=shift == "every" or conv.bias is not None)
 
     def scale_shift_parameters(self) -> Iterator[nn.Parameter]:
         """Φ_S1 and Φ_S2 of every convolution that has them."""

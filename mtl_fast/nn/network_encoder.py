@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -51,14 +52,18 @@ class NetworkEncoder(Encoder):
         return super().train(False)
 
     def enable_scale_shift(
-        self, granularity: Granularity = "kernel", *, last_block_only: bool = False
+        self,
+        granularity: Granularity = "kernel",
+        *,
+        last_block_only: bool = False,
+        shift: Literal["every", "biased"] = "every",
     ) -> None:
         """Starts Φ anew; see `Encoder.enable_scale_shift`. The network must be a converted one."""
         if not self.convs():
             raise ValueError(
                 "network: has no scale-and-shift convolutions; give NetworkEncoder(convert(model), …)"
             )
-        super().enable_scale_shift(granularity, last_block_only=last_block_only)
+        super().enable_scale_shift(granularity, last_block_only=last_block_only, shift=shift)
 
     def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
         """None of every layer: the network calls its convolutions itself, and they read their own Φ."""

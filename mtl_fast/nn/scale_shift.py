@@ -118,15 +118,15 @@ class ScaleShiftConv2d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def enable_scale_shift(self, granularity: Granularity = "kernel") -> None:
-        """Freezes weight and bias and starts Φ_S1 at 1, Φ_S2 at 0, as new parameters."""
+    def enable_scale_shift(self, granularity: Granularity = "kernel", *, shift: bool = True) -> None:
+        """Freezes weight and bias and starts Φ_S1 at 1, Φ_S2 (with `shift`) at 0, as new parameters."""
         if granularity not in ("kernel", "filter"):
             raise ValueError(f"granularity: {granularity!r} is neither kernel nor filter")
         self.freeze()
         n_out, n_in = self.weight.shape[:2]
         shape = (n_out, n_in if granularity == "kernel" else 1, 1, 1)
         self.scale = nn.Parameter(self.weight.new_ones(shape))
-        self.shift = nn.Parameter(self.weight.new_zeros(n_out))
+        self.shift = nn.Parameter(self.weight.new_zeros(n_out)) if shift else None
 
     def freeze(self) -> None:
         """No gradient for weight, bias and the norm's affine."""
@@ -185,9 +185,8 @@ class ScaleShiftConv2d(nn.Module):
 def scale_shift_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Φ_S1 and Φ_S2 of every convolution in `module` that has them, in the order of its modules."""
     for conv in module.modules():
-        if isinstance(conv, ScaleShiftConv2d) and conv.scale is not None and conv.shift is not None:
-            yield conv.scale
-            yield conv.shift
+        if isinstance(conv, ScaleShiftConv2d):
+            yield from (p for p in (conv.scale, conv.shift) if p is not None)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

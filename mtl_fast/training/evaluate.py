@@ -95,7 +95,7 @@ def score(
         preprocess_of(config),
         inner_lr=config.inner.lr,
         inner_steps=config.inner.test_steps,
-        norm=config.meta.norm if model.head is not None else "frozen",
+        norm=model.norm,
         mirror_support=config.evaluation.mirror_support,
         ranks=ranks,
     )

@@ -81,6 +81,7 @@ class MetaTraining(Phase):
         self.meta = config.meta
         checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
         check_normalisation(config, pretrained)
+        check_statistics(config.meta, pretrained)
         self.encoder = pretrained.encoder.to(self.device)
         self.inputs = {
             "train": facts_of(self.train),
@@ -234,6 +235,19 @@ def check_normalisation(config: Config, pretrained: Model) -> None:
                 f"{pretrained.path}: was pre-trained with --data.{name} {' '.join(map(str, there))}, not "
                 f"{' '.join(map(str, here))}; give the same, or the same --preset"
             )
+
+
+def check_statistics(meta: MetaConfig, pretrained: Model) -> None:
+    """`frozen` norms have statistics to freeze.
+
+    Raises:
+        InputError: the encoder was imported without any.
+    """
+    if meta.norm == "frozen" and not pretrained.stored_statistics:
+        raise InputError(
+            f"{pretrained.path}: was imported without running statistics, which --meta.norm frozen needs; give "
+            "--meta.norm episode"
+        )
 
 
 def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -> None:

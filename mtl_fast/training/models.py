@@ -16,7 +16,7 @@ from ..data import load_split
 from ..data.store import ImageStore
 from ..engine.step import NormMode, Preprocess
 from ..errors import InputError
-from ..nn import Conv4, Encoder, LinearHead, ResNet12
+from ..nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
 from ..random_streams import RandomStreams
 from . import checkpoint
 
@@ -36,7 +36,8 @@ def build_encoder(
     Raises:
         InputError: images too small for four halvings of the map.
     """
-    if image_size < SMALLEST_IMAGE:
+    # ResNet-25 halves by padded strides, which a single pixel survives.
+    if image_size < SMALLEST_IMAGE and config.name != "resnet25":
         raise InputError(
             f"images of {image_size}×{image_size} pixels are too small for {config.name}, which halves its map four "
             f"times; set --data.image-size to at least {SMALLEST_IMAGE}"
@@ -44,6 +45,8 @@ def build_encoder(
     encoder: Encoder
     if config.name == "conv4":
         encoder = Conv4(config.widths[0], image_size=image_size)
+    elif config.name == "resnet25":
+        encoder = ResNet25(config.widths, dropout=config.dropout)
     elif config.form == "tensorflow":
         encoder = ResNet12.tensorflow(
             config.widths, dropout=config.dropout, shortcut_scale_shift=config.shortcut_scale_shift
@@ -63,12 +66,14 @@ def learnable(encoder: Encoder, config: Config) -> list[torch.nn.Parameter]:
     encoder.eval()
     encoder.freeze()
     if meta.learn == "scale_shift":
-        encoder.enable_scale_shift(meta.granularity, last_block_only=meta.last_block_only)
-    elif meta.learn == "weights":
-        for conv in encoder.convs(encoder.blocks()[-1] if meta.last_block_only else None):
+        encoder.enable_scale_shift(meta.granularity, last_block_only=meta.last_block_only, shift=meta.shift)
+    for conv in encoder.convs(encoder.blocks()[-1] if meta.last_block_only else None):
+        if meta.learn == "weights":
             conv.weight.requires_grad_(True)
             if conv.bias is not None:
                 conv.bias.requires_grad_(True)
+        if meta.train_affine and conv.norm is not None:
+            conv.norm.requires_grad_(True)
     return [p for p in encoder.parameters() if p.requires_grad]
 
 
@@ -138,9 +143,14 @@ class Model:
     path: Path
 
     @property
+    def stored_statistics(self) -> bool:
+        """Whether its norms have running statistics; weights imported from a program that saves none have not."""
+        return bool(self.meta.get("stored_statistics", True))
+
+    @property
     def norm(self) -> NormMode:
-        """Statistics of the norms at test; a pre-trained network has its stored ones."""
-        return "frozen" if self.head is None else self.config.meta.norm
+        """Statistics of the norms at test; a pre-trained network has its stored ones, if any."""
+        return "frozen" if self.head is None and self.stored_statistics else self.config.meta.norm
 
 
 def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Tensor]:

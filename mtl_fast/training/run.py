@@ -210,14 +210,19 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small text file in one step.
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, payload: bytes) -> None:
+    """Replaces a file in one step.
 
     Raises:
         InputError: it cannot be written; the old one is as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(payload)
         os.replace(partial, path)
     except OSError as error:
         raise InputError(

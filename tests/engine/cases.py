@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import EpisodicEngine, Preprocess
 from mtl_fast.episodes import Episodes, EpisodeSampler
-from mtl_fast.nn import Conv4, Encoder, LinearHead, ResNet12
+from mtl_fast.nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
 from tests.nn.plain_networks import randomise
 
 PREPROCESS = Preprocess((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
@@ -28,19 +28,23 @@ def tasks(store: ImageStore, n_tasks: int, n_way: int = 3, n_shot: int = 2, n_qu
 
 
 def make_encoder(kind: str = "common", learn: str = "kernel", dtype: torch.dtype = torch.float64) -> Encoder:
-    """A small encoder that learns Φ (`kernel`, `filter`), its `weights`, or nothing (`head`)."""
+    """A small encoder that learns Φ (`kernel`, `filter`), with γ and β (`affine`), its `weights`, or nothing (`head`)."""
     torch.manual_seed(0)
     widths = (4, 5, 6, 7)
     made: dict[str, Any] = {
         "common": lambda: ResNet12(widths),
         "tensorflow": lambda: ResNet12.tensorflow(widths),
         "conv4": lambda: Conv4(5, image_size=16),
+        "resnet25": lambda: ResNet25((4, 5, 6), n_blocks=2),
     }
     encoder = made[kind]().to(dtype).eval()
     encoder.freeze()
-    if learn in ("kernel", "filter"):
-        encoder.enable_scale_shift(learn)
+    if learn in ("kernel", "filter", "affine"):
+        encoder.enable_scale_shift("kernel" if learn == "affine" else learn)
     randomise(encoder, scale_shift=True)
+    if learn == "affine":
+        for norm in encoder.norms():
+            norm.requires_grad_()
     if learn == "weights":
         for conv in encoder.convs():
             conv.weight.requires_grad_()

@@ -66,14 +66,14 @@ def check(engine: EpisodicEngine, episodes: Episodes) -> None:
 
 @by_norm
 @by_order
-@pytest.mark.parametrize("learn", ["kernel", "filter", "weights", "head"])
+@pytest.mark.parametrize("learn", ["kernel", "filter", "affine", "weights", "head"])
 def test_a_step_is_its_tasks_one_by_one(small_store: ImageStore, norm: str, order: str, learn: str) -> None:
     engine = make_engine(small_store, make_encoder("common", learn), norm=norm, order=order)
     check(engine, tasks(small_store, 3))
 
 
 @by_norm
-@pytest.mark.parametrize("kind", ["tensorflow", "conv4"])
+@pytest.mark.parametrize("kind", ["tensorflow", "conv4", "resnet25"])
 def test_with_every_encoder(small_store: ImageStore, norm: str, kind: str) -> None:
     check(make_engine(small_store, make_encoder(kind), norm=norm), tasks(small_store, 2))
 

@@ -1,4 +1,4 @@
-"""ResNet-12 in both forms and Conv-4 written in torch.nn alone, and the way their weights are read off ours."""
+"""ResNet-12 in both forms, ResNet-25 and Conv-4 written in torch.nn alone, and the way their weights are read off ours."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from mtl_fast.nn import ChannelNorm2d, Conv4, Encoder, ResNet12, ScaleShiftConv2d
+from mtl_fast.nn import ChannelNorm2d, Conv4, Encoder, ResNet12, ResNet25, ScaleShiftConv2d
 
 
 class Layer(nn.Module):
     """Convolution and norm."""
 
-    def __init__(self, n_in: int, n_out: int, k: int, *, bias: bool = True, eps: float | None = 1e-5) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        k: int,
+        *,
+        stride: int = 1,
+        bias: bool = True,
+        eps: float | None = 1e-5,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(n_in, n_out, k, padding=k // 2, bias=bias)
+        self.conv = nn.Conv2d(n_in, n_out, k, stride, padding=k // 2, bias=bias)
         self.norm = nn.Identity() if eps is None else nn.BatchNorm2d(n_out, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,6 +57,20 @@ class TensorFlowBlock(nn.Module):
         return self.pool(out + self.shortcut(x))
 
 
+class StridedBlock(nn.Module):
+    """The basic block of ResNet-25."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        changes = stride != 1 or n_in != n_out
+        self.shortcut = Layer(n_in, n_out, 1, stride=stride, bias=False) if changes else nn.Identity()
+        self.first = Layer(n_in, n_out, 3, stride=stride, bias=False)
+        self.second = Layer(n_out, n_out, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.shortcut(x))
+
+
 class GlobalMean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3))
@@ -69,6 +92,19 @@ def plain_network(encoder: Encoder) -> nn.Sequential:
                 strict=True,
             )
         ]
+    elif isinstance(encoder, ResNet25):
+        stem = Layer(3, encoder.stem.weight.shape[0], 3)
+        strided, pairs, n_in = [], [(encoder.stem, stem)], encoder.stem.weight.shape[0]
+        for ours in (block for stage in encoder.stages for block in stage):
+            first, second = ours.convs
+            n_out = second.weight.shape[0]
+            theirs = StridedBlock(n_in, n_out, first.stride)
+            pairs += [(first, theirs.first), (second, theirs.second)]
+            if ours.shortcut is not None:
+                pairs.append((ours.shortcut, theirs.shortcut))
+            strided.append(theirs)
+            n_in = n_out
+        network = nn.Sequential(stem, nn.ReLU(), *strided, GlobalMean())
     else:
         assert isinstance(encoder, Conv4)
         widths = [3, *(layer.weight.shape[0] for layer in encoder.layers)]
@@ -90,7 +126,9 @@ def _copy(ours: ScaleShiftConv2d, theirs: Layer) -> None:
     scale = 1 if ours.scale is None else ours.scale
     shift = 0 if ours.shift is None else ours.shift
     theirs.conv.weight.copy_(ours.weight * scale)
-    if theirs.conv.bias is not None:
+    if ours.bias is None and ours.shift is not None:
+        theirs.conv.bias = nn.Parameter(ours.shift.detach().clone())
+    elif ours.bias is not None:
         theirs.conv.bias.copy_(ours.bias + shift)
     if ours.norm is not None:
         copy_norm(ours.norm, theirs.norm)

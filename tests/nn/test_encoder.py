@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_fast.nn import Conv4, Encoder, ResNet12
+from mtl_fast.nn import Conv4, Encoder, ResNet12, ResNet25
 from mtl_fast.nn.encoder import Encoder as Base
 from tests.conv_cases import assert_near
-from tests.nn.plain_networks import randomise
+from tests.nn.plain_networks import plain_network, plain_norms, randomise
 
 MAKERS: dict[str, Callable[[], Encoder]] = {
     "conv4": lambda: Conv4(4, image_size=16),
     "resnet12": lambda: ResNet12((4, 5, 6, 7), dropout=0.0),
     "tensorflow": lambda: ResNet12.tensorflow((4, 5, 6, 7), dropout=0.0),
+    "resnet25": lambda: ResNet25((4, 6, 7), n_blocks=2),
 }
 by_encoder = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
@@ -126,3 +127,38 @@ def test_stored_statistics_treat_images_apart_batch_statistics_together(make: Ca
 def test_an_encoder_must_say_how_it_embeds() -> None:
     with pytest.raises(TypeError, match="embed"):
         Base()
+
+
+@by_encoder
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "unfolded"])
+@pytest.mark.parametrize("mode", ["frozen", "episode"])
+def test_gradients_of_the_norms_affine_are_those_of_the_plain_network(
+    make: Callable[[], Encoder], fold: bool, mode: str
+) -> None:
+    """γ and β open beside Φ, in float64: also where γ/σ is folded into the filters."""
+    encoder = randomise(make()).double().eval()
+    encoder.enable_scale_shift()
+    randomise(encoder, 2, scale_shift=True)
+    plain = plain_network(encoder).train(mode == "episode")
+    encoder.fold = fold
+    for norm in encoder.norms():
+        norm.requires_grad_(True)
+    x = images().double()
+    weights = encoder.refresh(fold=mode == "frozen")
+    features = encoder.embed(x, n_groups=0 if mode == "frozen" else 1, weights=weights).features
+    cotangent = torch.randn(features.shape, generator=torch.Generator().manual_seed(3)).double()
+    features.backward(cotangent)
+    plain(x).backward(cotangent)
+    pairs = [
+        (ours, getattr(theirs, name).grad)
+        for norm, theirs in zip(encoder.norms(), plain_norms(plain), strict=True)
+        for name in ("weight", "bias")
+        if (ours := getattr(norm, name)) is not None
+    ]
+    largest = max(float(gradient.abs().max()) for _, gradient in pairs)
+    # Up to thirteen layers of 63 terms; batch statistics of a few values divide by a small σ.
+    tolerance = 1000 * 13 * 63**0.5 * torch.finfo(torch.float64).eps
+    for parameter, gradient in pairs:
+        assert parameter.grad is not None
+        assert (parameter.grad - gradient).abs().max() <= tolerance * largest
+    assert all(p.grad is not None for p in encoder.scale_shift_parameters())

@@ -180,6 +180,15 @@ def test_counts_of_scale_shift_parameters_are_the_papers() -> None:
         assert sum(p.numel() for p in encoder.scale_shift_parameters()) == 2 * 2_880
 
 
+@pytest.mark.parametrize("size", [32, 80, 84, 97])
+def test_either_row_of_widths_takes_images_of_any_size(size: int) -> None:
+    with torch.device("meta"):
+        for widths in ((64, 128, 256, 512), (64, 160, 320, 640)):
+            encoder = ResNet12(widths).eval()
+            encoder.backend = "torch"
+            assert encoder(torch.empty(2, 3, size, size)).shape == (2, widths[-1])
+
+
 def test_scale_and_shift_reach_what_is_asked_for() -> None:
     encoder = make("common")
     block = encoder.blocks()[-1]

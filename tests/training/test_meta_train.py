@@ -313,13 +313,18 @@ def test_the_best_iteration_by_validation_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("learn", "order", "norm"),
-    [("scale_shift", "first", "frozen"), ("weights", "second", "frozen"), ("head", "first", "frozen")],
+    ("learn", "order", "affine"),
+    [
+        ("scale_shift", "first", False),
+        ("scale_shift", "second", True),
+        ("weights", "second", False),
+        ("head", "first", False),
+    ],
 )
 def test_only_what_was_named_moves(
-    learn: str, order: str, norm: str, pretrained: Path, tmp_path: Path
+    learn: str, order: str, affine: bool, pretrained: Path, tmp_path: Path
 ) -> None:
-    config = tiny.with_meta(learn=learn, norm=norm, n_tasks=4, hard="none", validate_every=4)
+    config = tiny.with_meta(learn=learn, train_affine=affine, n_tasks=4, hard="none", validate_every=4)
     config = replace(config, inner=replace(config.inner, order=order))
     run = tiny.meta_training(tmp_path, pretrained, config)
     before = weights_of(run.encoder, run.head)
@@ -330,8 +335,15 @@ def test_only_what_was_named_moves(
     moved -= {"head.weight", "head.bias"}
     ends = {"scale_shift": (".scale", ".shift"), "weights": (".weight", ".bias"), "head": ()}[learn]
     expected = {name for name in before if name.endswith(ends) and ".norm." not in name and "encoder" in name}
+    if affine:
+        expected |= {name for name in before if name.endswith((".norm.weight", ".norm.bias"))}
     # The shortcut's bias and its like get no gradient only where a norm follows on batch statistics.
     assert moved == (expected if learn != "head" else set())
+    # γ and β are in the model file and in the checkpoint, the optimiser's state of them too.
+    assert tiny.same_tensors(tiny.model_of(tmp_path), run.best)
+    again = tiny.meta_training(tmp_path, pretrained, config, resume=True)
+    assert tiny.same_tensors(weights_of(again.encoder, again.head), after)
+    assert len(again.optimizer.state) == len(run.optimizer.state) == len(moved) + 2
 
 
 @pytest.mark.filterwarnings("ignore:norm 'running'")

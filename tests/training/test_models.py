@@ -11,7 +11,7 @@ import torch
 
 from mtl_fast.config import EncoderConfig
 from mtl_fast.errors import InputError
-from mtl_fast.nn import Conv4, LinearHead, ResNet12
+from mtl_fast.nn import Conv4, LinearHead, ResNet12, ResNet25
 from mtl_fast.random_streams import RandomStreams
 from mtl_fast.training import checkpoint
 from mtl_fast.training.models import (
@@ -49,6 +49,10 @@ def test_an_encoder_is_what_its_settings_say() -> None:
     assert isinstance(conv4, Conv4)
     assert conv4.feature_dim == 6 * 2 * 2
     assert conv4(torch.zeros(1, 3, 37, 37)).shape == (1, 24)
+    resnet25 = build_encoder(EncoderConfig("resnet25", widths=(6, 7, 9), dropout=0.2), image_size=5)
+    assert isinstance(resnet25, ResNet25)
+    assert resnet25.dropout == 0.2
+    assert resnet25.eval()(torch.zeros(1, 3, 5, 5)).shape == (1, 9)
 
 
 def test_initial_weights_come_from_the_stream() -> None:
@@ -81,6 +85,28 @@ def test_what_learns_is_what_was_named(learn: str, last_block_only: bool) -> Non
     assert not any("norm" in name for name in names)
     with_shortcut = any("shortcut" in name for name in names)
     assert with_shortcut == (learn == "weights")
+
+
+@pytest.mark.parametrize("last_block_only", [False, True])
+@pytest.mark.parametrize("learn", ["scale_shift", "weights", "head"])
+def test_the_norms_affine_learns_beside_it(learn: str, last_block_only: bool) -> None:
+    encoder, without = encoder_of(), encoder_of()
+    meta = {"learn": learn, "last_block_only": last_block_only}
+    n_without = len(learnable(without, tiny.with_meta(**meta)))
+    opened = learnable(encoder, tiny.with_meta(**meta, train_affine=True))
+    names = {name for name, p in encoder.named_parameters() if p.requires_grad and "norm" in name}
+    assert len(opened) == n_without + len(names)
+    assert len(names) == 2 * 4 * (1 if last_block_only else 4)
+    assert {int(name.split(".")[1]) for name in names} == ({3} if last_block_only else {0, 1, 2, 3})
+
+
+def test_a_shift_may_keep_to_the_convolutions_with_a_bias() -> None:
+    config = EncoderConfig("resnet25", widths=(4, 4, 4))
+    for shift, n_shifts in (("every", 28), ("biased", 1)):
+        encoder = build_encoder(config, image_size=16)
+        learnable(encoder, tiny.with_meta(shift=shift))
+        assert sum(conv.shift is not None for conv in encoder.convs()) == n_shifts
+        assert all(conv.scale is not None for conv in encoder.convs())
 
 
 @pytest.mark.parametrize(("granularity", "shape"), [("kernel", (5, 3, 1, 1)), ("filter", (5, 1, 1, 1))])
