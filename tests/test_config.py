@@ -87,7 +87,8 @@ def test_every_number_of_the_recipe_is_pinned() -> None:
         for field in values
     }
     # Where images come from, how the head starts and how often it is looked at are no part of the recipe.
-    assert named - set(PAPER) == {"data.source", "data.image_size", "meta.head_init", "meta.validate_every"}
+    where = {f"data.{name}" for name in ("source", "image_size", "channel_order", "crop_to_box")}
+    assert named - set(PAPER) == where | {"meta.head_init", "meta.validate_every"}
     assert Config() == preset("paper")
     assert Config().seed == 0
 
@@ -140,6 +141,7 @@ def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: st
         ("data.std", (60.0, math.nan, 60.0), "data.std is nan"),
         ("data.mean", (math.inf, 0.0, 0.0), "data.mean is inf; it must be finite"),
         ("data.image_size", 0, "data.image_size is 0; it must be at least 1"),
+        ("data.channel_order", "grb", "data.channel_order is 'grb'; choose one of: auto, rgb, bgr"),
         ("encoder.widths", (8, 16, 32), "encoder.widths has 3 numbers; resnet12 takes 4"),
         ("encoder.widths", (8, 16, 32, 64, 128), "encoder.widths has 5 numbers"),
         ("encoder.widths", (), "encoder.widths has 0 numbers"),

@@ -44,8 +44,8 @@ def load_split(
     Raises:
         InputError: the source is missing, damaged or does not fit; one line with the way out.
     """
-    name, _, difficulty = source.partition(":") if isinstance(source, str) else ("", "", "")
-    if name == _GLYPHS:
+    if is_glyphs(source):
+        difficulty = str(source).partition(":")[2]
         if channel_order != "auto" or crop_to_box:
             raise InputError(f"{source}: takes neither a channel order nor boxes; leave them out")
         return _glyphs(split, difficulty or "mid", image_size, seed)
@@ -54,6 +54,11 @@ def load_split(
     from mtl_fast.data.recognise import recognise
 
     return read_split(recognise(source), split, Options(image_size, channel_order, crop_to_box, n_workers))
+
+
+def is_glyphs(source: str | Path) -> bool:
+    """Whether a source names the embedded set."""
+    return isinstance(source, str) and source.partition(":")[0] == _GLYPHS
 
 
 def _glyphs(split: str, difficulty: str, image_size: int | None, seed: int) -> ImageStore:

@@ -36,7 +36,7 @@ def read_split(data: DataSet, split: str, options: Options) -> ImageStore:
         other = "rgb" if data.channel_order == "bgr" else "bgr"
         tell(
             f"{data.root}: {data.format} is read as {data.channel_order.upper()}; "
-            f"if colours look wrong, --data.channel-order {other}"
+            f"if colours look wrong, set channel_order to {other}"
         )
     return ImageStore(
         torch.from_numpy(np.require(content.images, requirements=("C", "W"))),

@@ -108,7 +108,9 @@ def evaluate_model(
         )
     config = replace(config, episodes=shape, inner=inner, evaluation=evaluation, seed=seed, device=device)
     size = config.data.image_size or (None if data is None else model.image_size)
-    store = load_split(data or config.data.source, evaluation.split, size).to(target)
+    # Another source is read by the habits of its own format.
+    reading = config.data.reading if data is None else {}
+    store = load_split(data or config.data.source, evaluation.split, size, **reading).to(target)
     if store.image_size != (model.image_size, model.image_size):
         height, width = store.image_size
         raise InputError(

@@ -44,9 +44,11 @@ class Phase(ABC):
     def __init__(self, config: Config, train: ImageStore | None, val: ImageStore | None) -> None:
         self.config = config
         self.device = device_of(config)
-        source, size = config.data.source, config.data.image_size
+        data = config.data
         self.train, self.val = (
-            (load_split(source, split, size) if store is None else store).to(self.device)
+            (load_split(data.source, split, data.image_size, **data.reading) if store is None else store).to(
+                self.device
+            )
             for split, store in (("train", train), ("val", val))
         )
         self.image_size = square_size(self.train, self.val)

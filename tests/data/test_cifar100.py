@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +9,15 @@ import numpy as np
 import pytest
 
 from mtl_fast.data import fc100, load_split
-from tests.data import python2
-from tests.data.cases import error_of, write
-
-
-def part(n: int, seed: int) -> dict[str, Any]:
-    """`n` images of each class, in the fields and types of CIFAR-100's files."""
-    rng = np.random.default_rng(seed)
-    fine = rng.permutation(np.repeat(np.arange(100), n)).tolist()
-    return {
-        "data": rng.integers(0, 256, (100 * n, 3072), dtype=np.uint8),
-        "fine_labels": fine,
-        "coarse_labels": [fc100.COARSE_OF_FINE[i] for i in fine],
-    }
-
-
-PARTS = {"train": part(2, 0), "test": part(1, 1)}
-META = {"fine_label_names": list(fc100.FINE), "coarse_label_names": list(fc100.COARSE)}
-
-
-def cifar(parent: Path, *, old: bool = True, **changes: Any) -> Path:
-    root = parent / "cifar-100-python"
-    for name, value in (PARTS | {"meta": META} | changes).items():
-        bytes_keys = {key.encode(): item for key, item in value.items()}
-        write(root / name, python2.dumps(bytes_keys) if old else pickle.dumps(bytes_keys))
-    return root
+from tests.data.cases import error_of
+from tests.data.copies import CIFAR_META, CIFAR_PARTS, cifar100
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["python-2", "python-3"])
 def test_both_files_are_merged_and_split_by_super_class(tmp_path: Path, old: bool) -> None:
-    root = cifar(tmp_path, old=old)
+    root = cifar100(tmp_path, old=old)
     fine, coarse, data = (
-        np.concatenate([PARTS["train"][key], PARTS["test"][key]])
+        np.concatenate([CIFAR_PARTS["train"][key], CIFAR_PARTS["test"][key]])
         for key in ("fine_labels", "coarse_labels", "data")
     )
     for split, n_classes in (("train", 60), ("val", 20), ("test", 20)):
@@ -58,14 +34,14 @@ def test_both_files_are_merged_and_split_by_super_class(tmp_path: Path, old: boo
 
 
 def with_part(key: str, value: Any) -> dict[str, Any]:
-    return {"train": PARTS["train"] | {key: value}}
+    return {"train": CIFAR_PARTS["train"] | {key: value}}
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         (
-            with_part("data", PARTS["train"]["data"][:, :1024]),
+            with_part("data", CIFAR_PARTS["train"]["data"][:, :1024]),
             "train: expected data uint8 [N, 3072], got uint8 [200",
         ),
         (with_part("data", [1]), "train: expected data uint8 [N, 3072], got a list"),
@@ -77,12 +53,15 @@ def with_part(key: str, value: Any) -> dict[str, Any]:
         ),
         (with_part("coarse_labels", [0] * 200), "class 0 has images of several coarse labels"),
         ({"meta": {"fine_label_names": list(fc100.FINE)}}, "meta: no entry 'coarse_label_names'"),
-        ({"meta": META | {"fine_label_names": ["a"]}}, "meta: expected 100 names in 'fine_label_names'"),
-        ({"test": {"data": PARTS["test"]["data"]}}, "test: no entry 'fine_labels', only data"),
+        (
+            {"meta": CIFAR_META | {"fine_label_names": ["a"]}},
+            "meta: expected 100 names in 'fine_label_names'",
+        ),
+        ({"test": {"data": CIFAR_PARTS["test"]["data"]}}, "test: no entry 'fine_labels', only data"),
     ],
 )
 def test_a_damaged_copy_is_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
-    root = cifar(tmp_path, **changes)
+    root = cifar100(tmp_path, **changes)
     message = error_of(root, "val")
     assert message.startswith(str(root))
     assert says in message
@@ -90,18 +69,18 @@ def test_a_damaged_copy_is_named(tmp_path: Path, changes: dict[str, Any], says: 
 
 def test_a_class_without_image_is_named(tmp_path: Path) -> None:
     parts = {}
-    for name, value in PARTS.items():
+    for name, value in CIFAR_PARTS.items():
         kept = [i for i, label in enumerate(value["fine_labels"]) if label != 23]
         parts[name] = {
             key: item[kept] if isinstance(item, np.ndarray) else [item[i] for i in kept]
             for key, item in value.items()
         }
-    root = cifar(tmp_path, **parts)
+    root = cifar100(tmp_path, **parts)
     assert error_of(root, "train").startswith(f"{root}: class 23 of 100 has no image")
 
 
 def test_a_file_that_is_cut_or_missing_is_named(tmp_path: Path) -> None:
-    root = cifar(tmp_path)
+    root = cifar100(tmp_path)
     (root / "train").write_bytes((root / "train").read_bytes()[:5000])
     assert error_of(root, "test").startswith(f"{root / 'train'} (5,000 bytes): cut short or damaged")
     (root / "train").unlink()

@@ -9,25 +9,13 @@ import pytest
 
 from mtl_fast.data import load_split
 from tests.data.cases import error_of, picture, write
-
-ROWS = [("a1.png", "n02"), ("a2.png", "n01"), ("a3.png", "n02")]
-
-
-def lists(root: Path, header: str = "filename,label", *, nested: bool = False) -> Path:
-    """Three images of two classes in train, one in test."""
-    names_first = header in ("filename,label", "image_name,class_name")
-    for i, (name, label) in enumerate(ROWS):
-        write(root / "images" / (f"{label}/{name}" if nested else name), picture(seed=i))
-    lines = [f"{name},{label}" if names_first else f"{label},{name}" for name, label in ROWS]
-    write(root / "train.csv", "\n".join([header, *lines]) + "\n")
-    write(root / "test.csv", f"{header}\n{lines[1]}\n")
-    return root
+from tests.data.copies import csv_lists
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("header", ["filename,label", "class_name,image_name"])
 def test_rows_are_images_in_their_order(tmp_path: Path, header: str, nested: bool) -> None:
-    store = load_split(lists(tmp_path, header, nested=nested), "train")
+    store = load_split(csv_lists(tmp_path, header, nested=nested), "train")
     assert store.class_names == ("n01", "n02")
     assert store.labels.tolist() == [1, 0, 1]
     assert np.array_equal(store.images.numpy(), np.stack([picture(seed=i) for i in range(3)]))
@@ -36,7 +24,7 @@ def test_rows_are_images_in_their_order(tmp_path: Path, header: str, nested: boo
 
 
 def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
-    lists(tmp_path)
+    csv_lists(tmp_path)
     write(tmp_path / "train.csv", b"\xef\xbb\xbffilename,label,more\r\na1.png,x,1\r\n")
     assert load_split(tmp_path, "train").class_names == ("x",)
 
@@ -57,13 +45,13 @@ def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
     ],
 )
 def test_a_list_that_is_wrong_is_named(tmp_path: Path, content: bytes, says: str) -> None:
-    lists(tmp_path)
+    csv_lists(tmp_path)
     write(tmp_path / "train.csv", content)
     assert says in error_of(tmp_path, "train")
 
 
 def test_a_split_without_list_and_a_list_without_images(tmp_path: Path) -> None:
-    lists(tmp_path)
+    csv_lists(tmp_path)
     assert "CSV lists without split 'val', only train, test; expected {train" in error_of(tmp_path, "val")
     (tmp_path / "images").rename(tmp_path / "pictures")
     assert "looked for" in error_of(tmp_path, "train")

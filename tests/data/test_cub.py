@@ -10,24 +10,11 @@ import pytest
 
 from mtl_fast.data import load_split
 from tests.data.cases import error_of, picture, write
-
-# Class number → images; files are listed in this order.
-CLASSES = ("001.Albatross", "002.Auk", "003.Bunting", "004.Wren", "005.Gull")
-
-
-def birds(parent: Path) -> Path:
-    """Five classes of two images, 8×6 pixels, each with a box of 4×3 at (2, 1)."""
-    root = parent / "CUB_200_2011"
-    names = [f"{name}/{name[4:]}_{i}.jpg" for name in CLASSES for i in range(2)]
-    for i, name in enumerate(names):
-        write(root / "images" / name, picture(6, 8, seed=i))
-    write(root / "images.txt", "".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
-    write(root / "bounding_boxes.txt", "".join(f"{i} 2.0 1.0 4.0 3.0\n" for i in range(1, len(names) + 1)))
-    return root
+from tests.data.copies import BIRDS, cub
 
 
 def test_classes_are_split_by_their_number_modulo_4(tmp_path: Path) -> None:
-    root = birds(tmp_path)
+    root = cub(tmp_path)
     for place in (tmp_path, root, root / "images.txt"):
         assert load_split(place, "train").class_names == ("001.Albatross", "003.Bunting", "005.Gull")
     val, test = load_split(root, "val"), load_split(root, "test")
@@ -47,22 +34,22 @@ def test_two_hundred_classes_are_split_100_50_50(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("val", ["valid", "val"])
 def test_a_list_of_classes_goes_before_the_numbers(tmp_path: Path, val: str) -> None:
-    root = birds(tmp_path)
-    lists = {"train": CLASSES[:3], val: CLASSES[3:4], "test": CLASSES[4:]}
+    root = cub(tmp_path)
+    lists = {"train": BIRDS[:3], val: BIRDS[3:4], "test": BIRDS[4:]}
     write(root / "cu_birds_splits.json", json.dumps(lists))
     found = [load_split(root, split).class_names for split in ("train", "val", "test")]
-    assert found == [CLASSES[:3], CLASSES[3:4], CLASSES[4:]]
+    assert found == [BIRDS[:3], BIRDS[3:4], BIRDS[4:]]
 
 
 def test_boxes_are_cropped_to_on_request(tmp_path: Path) -> None:
-    root = birds(tmp_path)
+    root = cub(tmp_path)
     whole, cropped = (load_split(root, "val", crop_to_box=crop).images for crop in (False, True))
     assert whole.shape == (2, 6, 8, 3)
     assert np.array_equal(cropped.numpy(), whole[:, 1:4, 2:6].numpy())
 
 
 def test_a_box_is_cut_to_the_image(tmp_path: Path) -> None:
-    root = birds(tmp_path)
+    root = cub(tmp_path)
     write(root / "bounding_boxes.txt", "".join(f"{i} -1.5 4.0 5.2 9.0\n" for i in range(1, 11)))
     assert np.array_equal(
         load_split(root, "val", crop_to_box=True).images.numpy(),
@@ -107,13 +94,13 @@ def test_a_box_is_cut_to_the_image(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str | bytes, says: str) -> None:
-    root = birds(tmp_path)
+    root = cub(tmp_path)
     write(root / file, content)
     assert says in error_of(root, "train", 4, crop_to_box=True)
 
 
 def test_boxes_asked_for_must_be_there(tmp_path: Path) -> None:
-    root = birds(tmp_path)
+    root = cub(tmp_path)
     (root / "bounding_boxes.txt").unlink()
     assert load_split(root, "train").n_images == 6
     assert "has no box to crop to, like 6 of 6 images; leave data.crop_to_box out" in error_of(

@@ -10,39 +10,15 @@ import numpy as np
 import pytest
 
 from mtl_fast.data import fc100, load_split
-from tests.data import python2
 from tests.data.cases import error_of, pictures, write
-
-CATEGORY = {
-    "train": ("miniImageNet_category_split_train_phase_train.pickle", list(range(64))),
-    "val": ("miniImageNet_category_split_val.pickle", list(range(64, 80))),
-    "test": ("miniImageNet_category_split_test.pickle", list(range(80, 100))),
-}
-# CIFAR-FS numbers its classes anyhow: here they are spread over the hundred.
-FS = {"train": 64, "val": 16, "test": 20}
-
-
-def numbers(kind: str, split: str) -> list[int]:
-    if kind == "category":
-        return CATEGORY[split][1]
-    return sorted(fc100.class_names(split)) if kind == "fc100" else list(range(99, 99 - FS[split], -1))
-
-
-def write_split(root: Path, kind: str, split: str, *, old: bool = False, **changes: Any) -> dict[str, Any]:
-    """Two images a class, in an order in which classes alternate; labels are a list, as on disk."""
-    labels = numbers(kind, split) * 2
-    value = {"data": pictures(len(labels), 84 if kind == "category" else 32), "labels": labels} | changes
-    prefix = {"fc100": "FC100", "fs": "CIFAR_FS"}
-    name = CATEGORY[split][0] if kind == "category" else f"{prefix[kind]}_{split}.pickle"
-    write(root / name, python2.dumps(value) if old else pickle.dumps(value))
-    return value
+from tests.data.copies import split_pickle
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["python-3", "python-2"])
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("kind", ["category", "fc100", "fs"])
 def test_images_and_labels_come_back(tmp_path: Path, kind: str, split: str, old: bool) -> None:
-    value = write_split(tmp_path, kind, split, old=old)
+    value = split_pickle(tmp_path, kind, split, old=old)
     store = load_split(tmp_path, split)
     order = {number: i for i, number in enumerate(sorted(set(value["labels"])))}
     assert store.labels.tolist() == [order[label] for label in value["labels"]]
@@ -51,7 +27,7 @@ def test_images_and_labels_come_back(tmp_path: Path, kind: str, split: str, old:
 
 def test_names_of_classes_and_super_classes(tmp_path: Path) -> None:
     for kind in ("category", "fc100", "fs"):
-        write_split(tmp_path / kind, kind, "test")
+        split_pickle(tmp_path / kind, kind, "test")
     assert load_split(tmp_path / "category", "test").class_names[0] == "class 80"
     assert load_split(tmp_path / "fs", "test").class_names[-1] == "test 99"
     store = load_split(tmp_path / "fc100", "test")
@@ -83,7 +59,7 @@ def test_names_of_classes_and_super_classes(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_copy_is_named(tmp_path: Path, kind: str, changes: dict[str, Any], says: str) -> None:
-    write_split(tmp_path, kind, "train", **changes)
+    split_pickle(tmp_path, kind, "train", **changes)
     message = error_of(tmp_path, "train")
     (path,) = tmp_path.iterdir()
     assert message.startswith(f"{path}: ")
@@ -92,13 +68,13 @@ def test_a_damaged_copy_is_named(tmp_path: Path, kind: str, changes: dict[str, A
 
 @pytest.mark.parametrize("key", ["data", "labels"])
 def test_a_missing_entry_is_named(tmp_path: Path, key: str) -> None:
-    value = write_split(tmp_path, "fc100", "val")
+    value = split_pickle(tmp_path, "fc100", "val")
     write(tmp_path / "FC100_val.pickle", pickle.dumps({k: v for k, v in value.items() if k != key}))
     assert f"no entry '{key}', only " in error_of(tmp_path, "val")
 
 
 def test_cut_and_hostile_copies_are_named(tmp_path: Path) -> None:
-    write_split(tmp_path, "fs", "val")
+    split_pickle(tmp_path, "fs", "val")
     path = tmp_path / "CIFAR_FS_val.pickle"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])

@@ -10,18 +10,13 @@ import pytest
 
 from mtl_fast.data import fc100, load_split
 from tests.data.cases import error_of, pictures, write
-
-
-def archive(root: Path, split: str, numbers: Any, **changes: Any) -> dict[str, Any]:
-    arrays = {"features": pictures(len(numbers), 32), "targets": np.asarray(numbers)} | changes
-    np.savez_compressed(root / f"few-shot-{split}.npz", **arrays)
-    return arrays
+from tests.data.copies import tadam
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_ids_of_cifar_name_the_classes(tmp_path: Path, split: str) -> None:
     ids = sorted(fc100.class_names(split))
-    arrays = archive(tmp_path, split, ids[::-1] * 2)
+    arrays = tadam(tmp_path, split, ids[::-1] * 2)
     store = load_split(tmp_path, split)
     assert [store.class_names[label] for label in store.labels] == [fc100.FINE[i] for i in ids[::-1] * 2]
     assert np.array_equal(store.images.numpy(), arrays["features"])
@@ -29,7 +24,7 @@ def test_ids_of_cifar_name_the_classes(tmp_path: Path, split: str) -> None:
 
 
 def test_other_numbers_leave_the_classes_without_names(tmp_path: Path) -> None:
-    archive(tmp_path, "val", range(20))
+    tadam(tmp_path, "val", range(20))
     store = load_split(tmp_path, "val")
     assert store.class_names[:2] == ("val 0", "val 1")
     assert store.super_class_names is None
@@ -55,13 +50,13 @@ def test_other_numbers_leave_the_classes_without_names(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_copy_is_named(tmp_path: Path, targets: Any, changes: dict[str, Any], says: str) -> None:
-    archive(tmp_path, "val", targets, **changes)
+    tadam(tmp_path, "val", targets, **changes)
     message = error_of(tmp_path, "val")
     assert message.startswith(f"{tmp_path / 'few-shot-val.npz'}: ")
     assert says in message
 
 
-def test_missing_entries_and_files_that_are_no_archive(tmp_path: Path) -> None:
+def test_missing_entries_and_files_that_are_no_tadam(tmp_path: Path) -> None:
     path = tmp_path / "few-shot-val.npz"
     np.savez(path, features=pictures(2, 32))
     assert error_of(tmp_path, "val") == f"{path}: no entry 'targets', only features; get the file again"
@@ -74,7 +69,7 @@ def test_missing_entries_and_files_that_are_no_archive(tmp_path: Path) -> None:
 
 
 def test_wherever_an_archive_is_cut_it_is_an_error(tmp_path: Path) -> None:
-    archive(tmp_path, "val", range(20))
+    tadam(tmp_path, "val", range(20))
     path = tmp_path / "few-shot-val.npz"
     whole = path.read_bytes()
     for cut in range(0, len(whole), len(whole) // 20):
