@@ -31,8 +31,9 @@ class DataConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What `load_split` is told beside source, split and size."""
-        return {"channel_order": self.channel_order, "crop_to_box": self.crop_to_box}
+        """What `load_split` is told beside source, split and size: the options that are not at their defaults."""
+        options = {"channel_order": self.channel_order, "crop_to_box": self.crop_to_box}
+        return {name: value for name, value in options.items() if value != getattr(DataConfig, name)}
 
 
 @dataclass(frozen=True)

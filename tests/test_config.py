@@ -214,6 +214,14 @@ def test_the_edges_of_a_range_are_inside(name: str, value: Any) -> None:
     assert setting(with_setting(name, value), name) == value
 
 
+def test_data_are_read_as_told() -> None:
+    assert DataConfig(source="x", image_size=3).reading == {}
+    assert DataConfig(channel_order="bgr", crop_to_box=True).reading == {
+        "channel_order": "bgr",
+        "crop_to_box": True,
+    }
+
+
 def test_conv4_takes_one_width_or_four() -> None:
     for widths in ((32,), (32, 32, 32, 32)):
         assert Config(encoder=EncoderConfig("conv4", widths=widths)).encoder.widths == widths

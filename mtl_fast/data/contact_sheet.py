@@ -82,7 +82,9 @@ def _fitted(image: Image.Image) -> Image.Image:
 def _draw_text(
     draw: ImageDraw.ImageDraw, y: int, text: str, font: ImageFont.FreeTypeFont, colour: str
 ) -> None:
-    """A name, cut with an ellipsis where it is too long."""
+    """A name on one line, cut with an ellipsis where it is too long."""
+    # What no font draws, such as half a surrogate pair in the name of a folder, becomes a question mark.
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
     kept = text
     while len(kept) > 1 and font.getlength(kept if kept == text else f"{kept}…") > _NAMES - _EDGE:
         kept = kept[:-1].rstrip()
@@ -94,4 +96,6 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+    # The basic layout is there on every machine, and refuses no text.
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
