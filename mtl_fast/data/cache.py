@@ -65,7 +65,7 @@ def fingerprint(root: Path, files: Sequence[Path], reader: str) -> str:
         except OSError:
             state = "missing"
         # Below the root: the same folder has one fingerprint, however its path is written.
-        below = os.fspath(file).removeprefix(os.fspath(root))
+        below = file.relative_to(root)
         digest.update(f"{below}\0{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

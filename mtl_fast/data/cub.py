@@ -39,7 +39,6 @@ class Cub(ImageFiles):
         return some_present(self.root, ("images.txt", _BOXES, SPLIT_LIST))
 
     def list_images(self, split: str) -> Listing:
-        self.place(split)
         wanted = self._classes(split)
         rows = [row for row in self._rows() if row[1].split("/")[0] in wanted]
         missing = sorted(wanted - {name.split("/")[0] for _, name in rows})

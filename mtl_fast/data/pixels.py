@@ -36,12 +36,12 @@ class Encoded:
 
     Attributes:
         name: what error messages call it.
-        data: the file, or its content.
+        data: the file, or its content, which is not copied before it is decoded.
         box: (left, top, right, bottom) in pixels, the part to keep; it is cut to the image. None keeps all.
     """
 
     name: str
-    data: Path | bytes
+    data: Path | bytes | memoryview
     box: tuple[int, int, int, int] | None = None
 
 
@@ -173,7 +173,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def _n_bytes(source: Encoded) -> str:
-    if isinstance(source.data, bytes):
+    if not isinstance(source.data, Path):
         return f"{len(source.data)} bytes"
     try:
         return f"{source.data.stat().st_size} bytes"

@@ -11,7 +11,7 @@ import numpy as np
 
 from mtl_fast.data import fc100
 from mtl_fast.data.arrays import entry, image_array, label_array, numbered, unnamed
-from mtl_fast.data.dataset import Content, DataSet, Options, first_present
+from mtl_fast.data.dataset import SPLITS, Content, DataSet, Options, first_present
 from mtl_fast.data.pickles import load_pickle
 from mtl_fast.errors import InputError
 
@@ -76,7 +76,7 @@ class Fc100Pickles(SplitPickles):
     format = "FC100"
     layout = "FC100_{train,val,test}.pickle"
     size = 32
-    names: ClassVar = {split: (f"FC100_{split}.pickle",) for split in ("train", "val", "test")}
+    names: ClassVar = {split: (f"FC100_{split}.pickle",) for split in SPLITS}
 
     def classes(
         self, split: str, labels: Sequence[int], path: Path
@@ -90,7 +90,7 @@ class CifarFs(SplitPickles):
     format = "CIFAR-FS"
     layout = "CIFAR_FS_{train,val,test}.pickle"
     size = 32
-    names: ClassVar = {split: (f"CIFAR_FS_{split}.pickle",) for split in ("train", "val", "test")}
+    names: ClassVar = {split: (f"CIFAR_FS_{split}.pickle",) for split in SPLITS}
     _n_classes: ClassVar = {"train": 64, "val": 16, "test": 20}
 
     def classes(

@@ -77,11 +77,11 @@ class TieredArchives(_Tiered):
         return numbered(images, labels.numbers, labels.names, self._labels_file(split), labels.super_classes)
 
 
-def _bytes(buffer: Any, path: Path, i: int) -> bytes:
+def _bytes(buffer: Any, path: Path, i: int) -> bytes | memoryview:
     if isinstance(buffer, bytes):
         return buffer
     if isinstance(buffer, np.ndarray) and buffer.dtype == np.uint8:
-        return buffer.tobytes()
+        return np.ascontiguousarray(buffer).reshape(-1).data  # some are [n], some are [n, 1]
     raise InputError(f"{path}: image {i} is {described(buffer)}, expected a uint8 buffer; get the file again")
 
 

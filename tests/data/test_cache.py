@@ -101,7 +101,9 @@ def test_wherever_a_cache_is_cut_or_changed_it_is_not_loaded(folder: Path) -> No
             assert_same(found, CONTENT)
 
 
-def test_images_are_decoded_once(folder: Path, root: Path, n_read: Callable[[], int]) -> None:
+def test_images_are_decoded_once(
+    folder: Path, root: Path, n_read: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load_split(root, "train")
     again = load_split(root, "train")
     assert n_read() == 1
@@ -109,6 +111,8 @@ def test_images_are_decoded_once(folder: Path, root: Path, n_read: Callable[[], 
     assert first.class_names == again.class_names
     load_split(os.path.relpath(root), "train")
     load_split(root / ".." / root.name, "train")
+    monkeypatch.chdir(root)
+    load_split(".", "train")
     assert n_read() == 1
     load_split(root, "test")
     load_split(root, "train", 4)

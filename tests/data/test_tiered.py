@@ -25,6 +25,11 @@ def test_png_buffers_are_decoded_as_rgb(tmp_path: Path, old: bool, split: str) -
     assert store.super_class_names == ("bird", "fish", "fish")
 
 
+def test_png_buffers_may_be_columns(tmp_path: Path) -> None:
+    tiered(tmp_path, [buffer[:, None] for buffer in png_buffers()], TIERED_LABELS)
+    assert np.array_equal(load_split(tmp_path, "train").images.numpy(), TIERED_IMAGES)
+
+
 def test_png_buffers_of_bytes_and_of_another_size(tmp_path: Path) -> None:
     tiered(tmp_path, [encoded(image) for image in pictures(6, 20)], TIERED_LABELS)
     assert load_split(tmp_path, "train", 10).image_size == (10, 10)
