@@ -134,6 +134,13 @@ def test_what_is_not_admitted_is_named_and_not_run(
     assert not (tmp_path / MARK).exists()
 
 
+def test_a_name_is_admitted_in_its_module_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02cevil\ndict\n)R.")
+    with pytest.raises(InputError, match=r"asks for evil\.dict, which"):
+        load_pickle(path)
+
+
 def test_forged_object_pointers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(forged_object_pointers())
