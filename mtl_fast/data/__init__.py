@@ -66,7 +66,9 @@ def _glyphs(split: str, difficulty: str, image_size: int | None, seed: int) -> I
 
     store = load_glyphs(split, difficulty, seed)
     if image_size is not None:
+        import torch
+
         from mtl_fast.data.pixels import resize_images
 
-        store = replace(store, images=resize_images(store.images, image_size))
+        store = replace(store, images=torch.from_numpy(resize_images(store.images.numpy(), image_size)))
     return store

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -155,15 +154,15 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
+def resize_images(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """uint8 [N, H, W, 3] -> [N, size, size, 3] by `resize_and_crop`; itself if it has that size already."""
     check_image_size(size)
     if images.shape[1:3] == (size, size):
         return images
     resized = np.empty((len(images), size, size, 3), np.uint8)
-    for i, image in enumerate(images.cpu().numpy()):
+    for i, image in enumerate(images):
         resized[i] = np.asarray(resize_and_crop(Image.fromarray(image), size))
-    return torch.from_numpy(resized).to(images.device)
+    return resized
 
 
 def some(names: Sequence[str]) -> str:

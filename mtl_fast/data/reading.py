@@ -85,8 +85,8 @@ def _fitted(content: Content, data: DataSet, options: Options) -> Content:
     order = data.channel_order if options.channel_order == "auto" else options.channel_order
     if order == "bgr":
         images = _red_first(images)
-    if options.image_size is not None and images.shape[1:3] != (options.image_size, options.image_size):
-        images = resize_images(torch.from_numpy(images), options.image_size).numpy()
+    if options.image_size is not None:
+        images = resize_images(images, options.image_size)
     return content._replace(images=images)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mtl_fast.data import fc100, load_split
+from mtl_fast.data.pixels import resize_and_crop
 from tests.data.cases import error_of, pictures, write
 from tests.data.copies import split_pickle
 
@@ -23,6 +25,22 @@ def test_images_and_labels_come_back(tmp_path: Path, kind: str, split: str, old:
     order = {number: i for i, number in enumerate(sorted(set(value["labels"])))}
     assert store.labels.tolist() == [order[label] for label in value["labels"]]
     assert np.array_equal(store.images.numpy(), value["data"])
+
+
+@pytest.mark.parametrize("size", [32, 20])
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_arrays_are_resized_and_turned_round(
+    tmp_path: Path, size: int, order: Literal["rgb", "bgr"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a cache too: what a pickle holds cannot be written to."""
+    images = split_pickle(tmp_path, "fc100", "val")["data"]
+    expected = np.stack([np.asarray(resize_and_crop(Image.fromarray(image), size)) for image in images])
+    expected = expected if order == "rgb" else expected[..., ::-1]
+    for folder in ("cache", "FC100_val.pickle/none"):
+        monkeypatch.setenv("MTL_FAST_CACHE_DIR", str(tmp_path / folder))
+        store = load_split(tmp_path, "val", size, channel_order=order)
+        assert np.array_equal(store.images.numpy(), expected)
+        store.images[0] = 0  # every store may be written to
 
 
 def test_names_of_classes_and_super_classes(tmp_path: Path) -> None:
