@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -122,6 +122,36 @@ class Doctor:
         from .doctor import doctor
 
         return doctor(self_test=self.self_test)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Look into data before a run: `mtl-fast data info PATH` says what it is, and draws some of it."""
+
+    action: tyro.conf.Positional[Literal["info"]]
+    """Format, classes, images, sizes, statistics, what splits share; and contact_sheet.png."""
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """A folder or file of images, or `glyphs`."""
+    output: Path = Path("runs/data")
+    """Folder for contact_sheet.png."""
+    image_size: int | None = None
+    """Height and width in pixels to bring images to; None takes them as they are."""
+    channel_order: Literal["auto", "rgb", "bgr"] = "auto"
+    """Of files that do not tell whether red or blue comes first; `auto` is the format's habit."""
+    crop_to_box: bool = False
+    """Crop each image to the box around its object, where the data set has boxes."""
+
+    def run(self) -> None:
+        from .data.contact_sheet import write_contact_sheet
+        from .data.dataset import Options
+        from .data.info import inspect_data
+        from .training.run import make_folder
+
+        info = inspect_data(self.path, Options(self.image_size, self.channel_order, self.crop_to_box))
+        make_folder(self.output)
+        sheet = self.output / "contact_sheet.png"
+        write_contact_sheet(sheet, {name: split.store for name, split in info.splits.items()})
+        print(f"{info}\nSome of it: {sheet}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +344,7 @@ def commands(config: Config) -> dict[str, Any]:
         "embed": Embed(tyro.MISSING, tyro.MISSING),
         "import": Import(tyro.MISSING, tyro.MISSING),
         "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
+        "data": Data(tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "build": Build(),
         "doctor": Doctor(),

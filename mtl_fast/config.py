@@ -17,13 +17,23 @@ class DataConfig:
     """Where images come from and how they enter the network."""
 
     source: str = "glyphs"
-    """`glyphs`, `glyphs:soft`, `glyphs:mid`, or a folder with train/, val/ and test/ of class folders."""
+    """`glyphs`, `glyphs:soft`, `glyphs:mid`, or a folder or file of images; `mtl-fast data info` says what it is."""
     image_size: int | None = None
     """Height and width in pixels to bring images to; None takes them as they are."""
+    channel_order: Literal["auto", "rgb", "bgr"] = "auto"
+    """Of files that do not tell whether red or blue comes first; `auto` is the format's habit."""
+    crop_to_box: bool = False
+    """Crop each image to the box around its object, where the data set has boxes."""
     mean: tuple[float, float, float] = (125.3, 123.0, 113.9)
     """Per-channel mean to subtract, of 255."""
     std: tuple[float, float, float] = (63.0, 62.1, 66.7)
     """Per-channel standard deviation to divide by, of 255."""
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_split` is told beside source, split and size: the options that are not at their defaults."""
+        options = {"channel_order": self.channel_order, "crop_to_box": self.crop_to_box}
+        return {name: value for name, value in options.items() if value != getattr(DataConfig, name)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,15 @@ def pytest_configure() -> None:
     # In deterministic mode torch.empty is filled with NaN (the largest number, for integers).
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Decoded images are kept in a folder of the tests' own, never in the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTL_FAST_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

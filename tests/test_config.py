@@ -90,7 +90,8 @@ def test_every_number_of_the_recipe_is_pinned() -> None:
         for field in values
     }
     # Where images come from, how the head starts and how often it is looked at are no part of the recipe.
-    assert named - set(PAPER) == {"data.source", "data.image_size", "meta.head_init", "meta.validate_every"}
+    where = {f"data.{name}" for name in ("source", "image_size", "channel_order", "crop_to_box")}
+    assert named - set(PAPER) == where | {"meta.head_init", "meta.validate_every"}
     assert Config() == preset("paper")
     assert Config().seed == 0
 
@@ -143,6 +144,7 @@ def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: st
         ("data.std", (60.0, math.nan, 60.0), "data.std is nan"),
         ("data.mean", (math.inf, 0.0, 0.0), "data.mean is inf; it must be finite"),
         ("data.image_size", 0, "data.image_size is 0; it must be at least 1"),
+        ("data.channel_order", "grb", "data.channel_order is 'grb'; choose one of: auto, rgb, bgr"),
         ("encoder.widths", (8, 16, 32), "encoder.widths has 3 numbers; resnet12 takes 4"),
         ("encoder.widths", (8, 16, 32, 64, 128), "encoder.widths has 5 numbers"),
         ("encoder.widths", (), "encoder.widths has 0 numbers"),
@@ -215,6 +217,14 @@ def test_what_is_out_of_range_is_named_with_its_range(name: str, value: Any, say
 )
 def test_the_edges_of_a_range_are_inside(name: str, value: Any) -> None:
     assert setting(with_setting(name, value), name) == value
+
+
+def test_data_are_read_as_told() -> None:
+    assert DataConfig(source="x", image_size=3).reading == {}
+    assert DataConfig(channel_order="bgr", crop_to_box=True).reading == {
+        "channel_order": "bgr",
+        "crop_to_box": True,
+    }
 
 
 def test_conv4_takes_one_width_or_four() -> None:

@@ -140,7 +140,7 @@ def _tensor(image: Any) -> Tensor:
     if not isinstance(image, np.ndarray):
         from PIL import Image
 
-        from mtl_fast.data.class_folders import to_rgb
+        from mtl_fast.data.pixels import to_rgb
 
         if not isinstance(image, Image.Image):
             raise InputError(f"images: a {type(image).__name__} is no array, tensor or PIL image")

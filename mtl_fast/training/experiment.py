@@ -56,8 +56,11 @@ class Experiment:
     @cached_property
     def stores(self) -> dict[str, ImageStore]:
         """The three splits, loaded once."""
-        source, size = self.config.data.source, self.config.data.image_size
-        return {split: load_split(source, split, size).to(self.device) for split in ("train", "val", "test")}
+        data = self.config.data
+        return {
+            split: load_split(data.source, split, data.image_size, **data.reading).to(self.device)
+            for split in ("train", "val", "test")
+        }
 
     @cached_property
     def _pretrained(self) -> Path:

@@ -260,7 +260,8 @@ def split_for(model: Model, data: str | None, split: str) -> ImageStore:
     """
     config = model.config.data
     size = config.image_size or (None if data is None else model.image_size)
-    store = load_split(data or config.source, split, size)
+    # Another source is read by the habits of its own format.
+    store = load_split(data or config.source, split, size, **(config.reading if data is None else {}))
     if store.image_size != (model.image_size, model.image_size):
         height, width = store.image_size
         raise InputError(

@@ -50,9 +50,11 @@ class Phase(ABC):
         self.config = config
         self.ranks = ranks
         self.device = device_of(config) if ranks.device is None else ranks.device
-        source, size = config.data.source, config.data.image_size
+        data = config.data
         self.train, self.val = (
-            (load_split(source, split, size) if store is None else store).to(self.device)
+            (load_split(data.source, split, data.image_size, **data.reading) if store is None else store).to(
+                self.device
+            )
             for split, store in (("train", train), ("val", val))
         )
         self.image_size = square_size(self.train, self.val)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
+from ..text_table import Style, grid
 from .figures import Curve, convergence_figure, episode_picture, rate_sensitivity_figure
 from .statistics import Interval, SeedsDifference
 
@@ -18,8 +17,6 @@ __all__ = [
     "rate_sensitivity_figure",
     "table",
 ]
-
-Style = Literal["markdown", "plain"]
 
 
 def table(
@@ -50,7 +47,7 @@ def table(
         [name, *("–" if cell is None else Interval(*cell).percent() for cell in cells)]
         for name, cells in rows.items()
     ]
-    return _grid([corner, *columns], body, style)
+    return grid([corner, *columns], body, style)
 
 
 def differences(
@@ -74,7 +71,7 @@ def differences(
         if len(cells) != len(columns):
             raise ValueError(f"row {name!r} has {len(cells)} cells for {len(columns)} columns")
     body = [[name, *map(_difference, cells)] for name, cells in rows.items()]
-    return _grid([corner, *columns], body, style)
+    return grid([corner, *columns], body, style)
 
 
 def difference_sentence(a: str, b: str, difference: Interval | SeedsDifference, where: str = "") -> str:
@@ -106,30 +103,3 @@ def _difference(cell: Interval | SeedsDifference | None) -> str:
     if isinstance(cell, SeedsDifference) and cell.n_seeds > 1:
         text += f" (seeds ± {100 * cell.spread:.1f})"
     return text
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal; combining marks take none, wide characters two."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
-
-
-def _grid(head: list[str], body: list[list[str]], style: Style) -> str:
-    """The first column to the left, the others to the right."""
-    if style not in ("markdown", "plain"):
-        raise ValueError(f"style must be 'markdown' or 'plain', it is {style!r}")
-    lines = [head, *body]
-    if style == "markdown":
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(_width(line[i]) for line in lines) for i in range(len(head))]
-
-    def padded(line: list[str]) -> list[str]:
-        spaces = [" " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)]
-        return [line[0] + spaces[0], *(s + cell for s, cell in zip(spaces[1:], line[1:], strict=True))]
-
-    if style == "plain":
-        rule = "  ".join("─" * width for width in widths)
-        return "\n".join([("  ".join(padded(head))).rstrip(), rule, *("  ".join(padded(x)) for x in body)])
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-    rows = ["| " + " | ".join(padded(line)) + " |" for line in lines]
-    return "\n".join([rows[0], f"|{rule}|", *rows[1:]])
