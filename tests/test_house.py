@@ -25,7 +25,6 @@ FLOORS = {
     "mtl_fast": 0,
     "mtl_fast.errors": 0,
     "mtl_fast.random_streams": 0,
-    "mtl_fast.restricted_pickle": 0,
     "mtl_fast.text_table": 0,
     "mtl_fast.kernels": 1,
     "mtl_fast.ops": 2,

@@ -1,4 +1,4 @@
-"""Pickle files of strangers: an unpickler that makes what image data need by itself, and refuses the rest by name.
+"""Pickle files of strangers: an unpickler that makes what data need by itself, and refuses the rest by name.
 
 A pickle is a program that may call whatever it can name. Here a name leads to one of the functions below or to an
 error. Not even numpy's own functions are admitted: with a forged dtype they read any bytes as object pointers.
@@ -7,11 +7,12 @@ Arrays are rebuilt by hand instead, from bytes, a shape and a plain dtype.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -36,8 +37,12 @@ class _Refused(Exception):
     """The pickle names something that is not admitted."""
 
 
-def load_pickle(path: Path) -> Any:
+def load_pickle(path: Path, file: BinaryIO | None = None) -> Any:
     """Containers, numbers, text and plain numpy arrays from a pickle of any protocol, Python 2's included.
+
+    Args:
+        path: the file.
+        file: the same, open where the pickle begins; None opens it.
 
     Returns:
         dicts, lists, tuples, sets, numbers, text, bytes and numpy arrays. Keys of dicts are text, whether they were
@@ -47,11 +52,11 @@ def load_pickle(path: Path) -> Any:
         InputError: the file cannot be read, is cut short or damaged, or names anything else, which is named.
     """
     try:
-        with open(path, "rb") as file:
-            return _plain(_Unpickler(file, encoding="bytes").load(), 0, {})
+        with contextlib.nullcontext(file) if file is not None else open(path, "rb") as opened:
+            return _plain(_Unpickler(opened, encoding="bytes").load(), 0, {})
     except _Refused as error:
         raise InputError(
-            f"{path}: refused: this pickle asks for {error}, which image data do not need; do not trust its source"
+            f"{path}: refused: this pickle asks for {error}, which data do not need; do not trust its source"
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import restricted_pickle
+from ..data.pickles import load_pickle
 from ..errors import InputError
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -42,12 +42,13 @@ def read_npy(path: Path) -> dict[str, Tensor]:
             shape, dtype = _npy_header(path, file)
             if dtype.kind != "O" or shape != ():
                 raise InputError(f"{path}: holds an array {list(shape)} of {dtype}, not a dictionary of them")
-            content = restricted_pickle.load(file, restricted_pickle.NUMPY)
+            content = load_pickle(path, file)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    return _tensors(path, content)
+    # numpy saves a dictionary as an array that holds it.
+    return _tensors(
+        path, content.item() if isinstance(content, np.ndarray) and content.shape == () else content
+    )
 
 
 def _npy_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
