@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
+from .cli_tools import Build, Data, Doctor, Export, Import
 from .config import (
     PRESETS,
     Config,
@@ -74,84 +74,6 @@ class Results:
 
         refuse_ranks("results")
         results(self.output, self.publish, seeds=self.seeds, workers=self.workers, device=self.device)
-
-
-@dataclass(frozen=True)
-class Build:
-    """Compile the native CPU kernels for this processor, into the user's cache folder; seconds when up to date."""
-
-    sanitize: bool = False
-    """With address and undefined-behaviour sanitizers, beside the usual library; `make sanitize` uses it."""
-    optional: bool = False
-    """Where there is no compiler, say so and succeed: everything runs without these kernels, more slowly."""
-    verbose: bool = False
-    """Show the compiler's commands and output."""
-    quiet: bool = False
-    """Print the library's path only."""
-
-    def run(self) -> None:
-        from .kernels.native import build
-
-        start = time.perf_counter()
-        try:
-            path = build.build_for_this_processor(sanitize=self.sanitize, verbose=self.verbose)
-        except build.BuildError as error:
-            if not (self.optional and isinstance(error, build.NoCompilerError)):
-                raise InputError(str(error)) from error
-            print(f"native kernels are not built: {error}")
-            return
-        if self.quiet:
-            print(path)
-            return
-        print(f"native kernels: {path} ({time.perf_counter() - start:.1f} s)")
-        # A process that did not start with the sanitizers' runtime cannot load a library that needs it.
-        if not self.sanitize:
-            from .ops import why
-
-            print(f"ss_conv runs on {why('ss_conv')}")
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """What is installed, which backend runs each operation and why, a self-test of seconds, and what to do."""
-
-    self_test: bool = True
-    """Compute a little and compare; off, only look."""
-
-    def run(self) -> int:
-        from .doctor import doctor
-
-        return doctor(self_test=self.self_test)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Look into data before a run: `mtl-fast data info PATH` says what it is, and draws some of it."""
-
-    action: tyro.conf.Positional[Literal["info"]]
-    """Format, classes, images, sizes, statistics, what splits share; and contact_sheet.png."""
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-    """A folder or file of images, or `glyphs`."""
-    output: Path = Path("runs/data")
-    """Folder for contact_sheet.png."""
-    image_size: int | None = None
-    """Height and width in pixels to bring images to; None takes them as they are."""
-    channel_order: Literal["auto", "rgb", "bgr"] = "auto"
-    """Of files that do not tell whether red or blue comes first; `auto` is the format's habit."""
-    crop_to_box: bool = False
-    """Crop each image to the box around its object, where the data set has boxes."""
-
-    def run(self) -> None:
-        from .data.contact_sheet import write_contact_sheet
-        from .data.dataset import Options
-        from .data.info import inspect_data
-        from .training.run import make_folder
-
-        info = inspect_data(self.path, Options(self.image_size, self.channel_order, self.crop_to_box))
-        make_folder(self.output)
-        sheet = self.output / "contact_sheet.png"
-        write_contact_sheet(sheet, {name: split.store for name, split in info.splits.items()})
-        print(f"{info}\nSome of it: {sheet}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,45 +209,6 @@ class Evaluate:
             ranks.say(str(score))
             if self.by_step:
                 ranks.say(score.steps_text())
-
-
-@dataclass(frozen=True)
-class Import:
-    """Make a model file of weights from elsewhere: MTL's TensorFlow .npy or PyTorch .pth, or LibFewShot's .pth."""
-
-    files: tyro.conf.Positional[tuple[Path, ...]]
-    """A .pth, or TensorFlow's weights.npy with, of a meta-trained model, its ss_weights.npy and fc_weights.npy."""
-    output: Path
-    """Model file to write, such as model.safetensors."""
-    format: Literal["auto", "tensorflow", "pytorch", "libfewshot"] = "auto"
-    """Whose files they are; `auto` looks inside."""
-    image_size: int | None = None
-    """Height and width of the images it is for; by default those its program uses."""
-
-    def run(self) -> None:
-        from .training.import_weights import import_weights
-        from .training.ledger import table
-
-        imported = import_weights(self.files, self.output, format=self.format, image_size=self.image_size)
-        print("\n".join(table(imported.entries)))
-        print(f"{imported} in {self.output}")
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a model for other programs: its tensors, or a network with scale, shift and norms folded in."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """Model file, or run folder, of `pretrain`, `meta-train` or `import`."""
-    output: Path
-    """File to write, such as features.onnx."""
-    format: Literal["state-dict", "torch", "onnx"]
-    """Tensors for torch.load; an ordinary network for torch.export.load (.pt2); or ONNX."""
-
-    def run(self) -> None:
-        from .training.export_weights import export_weights
-
-        print(export_weights(self.checkpoint, self.output, format=self.format))
 
 
 def commands(config: Config) -> dict[str, Any]:

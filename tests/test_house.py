@@ -36,6 +36,7 @@ FLOORS = {
     "mtl_fast.training": 5,
     "mtl_fast.classifier": 5,
     "mtl_fast.cli": 5,
+    "mtl_fast.cli_tools": 5,
     "mtl_fast.doctor": 5,
     "mtl_fast.__main__": 5,
 }
