@@ -1,8 +1,9 @@
-"""Evaluation: each distinct image embedded once, heads of many tasks fitted together."""
+"""Evaluation: each distinct image embedded once, heads (or whole networks) of many tasks fitted together."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from ..episodes import Episodes
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner
+from .inner_loops import WholeNetworkEngine
 from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
+
+
+Adapt = Literal["head", "all"]
 
 
 class Evaluation(NamedTuple):
@@ -93,11 +98,12 @@ def evaluate(
     inner_lr: float,
     inner_steps: int,
     norm: NormMode = "frozen",
+    adapt: Adapt = "head",
     tasks_per_batch: int = 100,
     images_per_chunk: int = 256,
     backend: str = "auto",
 ) -> Evaluation:
-    """Fits θ on each task's support set and scores its query set.
+    """Fits θ, or the whole network, on each task's support set and scores its query set.
 
     With `frozen` or `running` norm every distinct image of the episodes is embedded once, whatever their
     number; `episode` norm depends on the task, so there each task's two splits are embedded for it alone.
@@ -109,13 +115,27 @@ def evaluate(
         preprocess: as in training.
         inner_lr, inner_steps: of the base-learner at test time.
         norm: as in training.
+        adapt: what the inner loop fits: ``head``, or ``all`` weights (then see `evaluate_all_weights`).
         tasks_per_batch: heads fitted together.
-        images_per_chunk: images embedded together (`episode`: as many whole tasks as fit, at least one).
+        images_per_chunk: images embedded together (`episode` and `all`: as many whole tasks as fit, at least one).
         backend: of the base-learner.
 
     Raises:
         ValueError: the encoder is in training mode and has dropout.
     """
+    if adapt == "all":
+        (result,) = evaluate_all_weights(
+            encoder,
+            head,
+            store,
+            episodes,
+            preprocess,
+            inner_lr=inner_lr,
+            n_steps=[inner_steps],
+            norm=norm,
+            images_per_chunk=images_per_chunk,
+        )
+        return result
     if norm != "episode":
         embedded = embed_episodes(encoder, store, episodes, preprocess, images_per_chunk=images_per_chunk)
         return fit_and_score(
@@ -141,6 +161,48 @@ def evaluate(
     return _joined(parts)
 
 
+@torch.no_grad()
+def evaluate_all_weights(
+    encoder: Encoder,
+    head: LinearHead,
+    store: ImageStore,
+    episodes: Episodes,
+    preprocess: Preprocess,
+    *,
+    inner_lr: float,
+    n_steps: Sequence[int],
+    norm: NormMode = "frozen",
+    images_per_chunk: int = 256,
+) -> list[Evaluation]:
+    """Fits the whole network on each task's support set and scores its query set after some numbers of steps.
+
+    Each task's images pass through weights of its own, so none is embedded once for all. Arguments as `evaluate`;
+    with `running` norm the statistics are the stored ones, in the inner loop too.
+
+    Args:
+        n_steps: ascending; one inner loop gives them all.
+
+    Returns:
+        An evaluation for each number of steps.
+    """
+    require_evaluation_mode(encoder)
+    engine = WholeNetworkEngine(
+        encoder,
+        head,
+        store,
+        preprocess,
+        norm="episode" if norm == "episode" else "frozen",
+        order="first",  # no gradient passes the inner loop
+        inner_lr=inner_lr,
+    )
+    n_images = episodes.support.shape[1] + episodes.query.shape[1]
+    found: list[list[Evaluation]] = [[] for _ in n_steps]
+    for part in episodes.chunks(max(1, images_per_chunk // n_images)):
+        for evaluations, logits in zip(found, engine.query_logits_after(n_steps, part), strict=True):
+            evaluations.append(_scored(part, logits))
+    return [_joined(evaluations) for evaluations in found]
+
+
 def _score(
     part: Episodes,
     support: Tensor,
@@ -162,6 +224,10 @@ def _score(
         order="first",
         backend=backend,
     )
+    return _scored(part, logits)
+
+
+def _scored(part: Episodes, logits: Tensor) -> Evaluation:
     by_class = class_accuracy(logits, part.query_labels, part.n_way)
     return Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
 

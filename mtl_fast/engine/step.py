@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -80,8 +81,8 @@ def _warn_of_what_cancels(encoder: Encoder, norm: NormMode) -> None:
 
 
 @dataclass
-class EpisodicEngine:
-    """Runs episodes through encoder and base-learner and accumulates the meta-gradients.
+class Engine(ABC):
+    """Runs episodes through encoder and inner loop and accumulates the meta-gradients; a subclass is an inner loop.
 
     The gradient is that of the mean query loss over the step's tasks and reaches whatever parameters of
     encoder and head require one: Φ (scaling and shifting), or the weights themselves (fine-tuning), and θ.
@@ -90,11 +91,10 @@ class EpisodicEngine:
     Attributes:
         encoder, head: Θ with Φ, in evaluation mode, and θ.
         store, preprocess: where the images come from.
-        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages, query first.
+        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages.
         order: ``first`` treats θ' as θ minus constants; ``second`` differentiates through all inner steps.
         inner_lr, inner_steps: β and T of the inner loop.
         images_per_chunk: bounds the images in flight; a chunk is as many whole tasks as fit, at least one.
-        backend: of the base-learner.
     """
 
     encoder: Encoder
@@ -106,15 +106,12 @@ class EpisodicEngine:
     inner_lr: float = 0.05
     inner_steps: int = 20
     images_per_chunk: int | None = None
-    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.norm not in ("frozen", "episode", "running"):
             raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
         if self.order not in ("first", "second"):
             raise ValueError(f"order: {self.order!r} is neither first nor second")
-        if self.norm != "frozen":
-            _warn_of_what_cancels(self.encoder, self.norm)
 
     def step(self, episodes: Episodes) -> StepOutput:
         """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back."""
@@ -135,6 +132,7 @@ class EpisodicEngine:
         losses, accuracies = zip(*outputs, strict=True)
         return StepOutput(torch.cat(losses), torch.cat(accuracies))
 
+    @abstractmethod
     def query_logits(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
     ) -> Tensor:
@@ -144,6 +142,29 @@ class EpisodicEngine:
             episodes: T tasks, embedded together.
             weights: this meta-step's effective weights; None computes them.
         """
+
+    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
+        return self.encoder.refresh(fold=self.norm == "frozen")
+
+
+@dataclass
+class EpisodicEngine(Engine):
+    """The inner loop of MTL: the head alone is fitted, on features that the encoder gives once.
+
+    Attributes:
+        backend: of the base-learner; the others are `Engine`'s. `running` averages take the query split first.
+    """
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm != "frozen":
+            _warn_of_what_cancels(self.encoder, self.norm)
+
+    def query_logits(
+        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
+    ) -> Tensor:
         support, query = self._embed(episodes, self._refresh() if weights is None else weights)
         return base_learner(
             support.unflatten(0, (episodes.n_tasks, -1)),
@@ -156,9 +177,6 @@ class EpisodicEngine:
             order=self.order,
             backend=self.backend,
         )
-
-    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
-        return self.encoder.refresh(fold=self.norm == "frozen")
 
     def _embed(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
 from ..kernels.reference import ss_block as reference
 from . import _check, _episode_norm_native, _ss_conv_native
 from .backend import choose, register
+from .task_conv import task_conv
 
 
 def _native_runs(
@@ -56,7 +58,8 @@ def ss_block(
 
     Args:
         x: [N, I, H, W] floating.
-        convs: the block's convolutions, in order (three in ResNet-12).
+        convs: the block's convolutions, in order (three in ResNet-12); where each task has weights of its own,
+            every layer is a `task_conv`.
         shortcut: the 1×1 convolution (with its norm, if any) on the residual path; None is the identity.
         epilogue: activation and pooling of the block's end.
         n_groups: 0 uses the norms' stored statistics; g ≥ 1 those of g groups of images (`episode_norm`).
@@ -73,11 +76,25 @@ def ss_block(
         TypeError: a mask that is not bool.
     """
     _check.images_4d("x", x)
+    if not convs:
+        raise ValueError("convs: a block needs at least one convolution")
+    if convs[0].filters.by_task:
+        if mask is not None:
+            raise ValueError("mask: weights of each task's own take none")
+        layer = partial(task_conv, backend=backend)
+        return reference.ss_block(
+            x,
+            convs,
+            shortcut,
+            epilogue=epilogue,
+            n_groups=n_groups,
+            mask=None,
+            fold=fold,
+            layer_by_task=layer,
+        )
     named = [(f"convs[{i}]", conv) for i, conv in enumerate(convs)]
     if shortcut is not None:
         named.append(("shortcut", shortcut))
-    if not convs:
-        raise ValueError("convs: a block needs at least one convolution")
     for name, conv in named:
         _check.operands(name, conv)
         if n_groups == 0:

@@ -1,0 +1,161 @@
+"""Inner loops of the whole network: every weight of encoder and head adapted per task, all tasks at once (MAML).
+
+θ_0 is the shared weights; θ_{t+1} = θ_t − β·∇L_support(θ_t) for each task, and the query loss of θ_T is what moves
+θ_0. Tasks are batched by giving every parameter a leading dimension T (`task_conv`). Source: arXiv 1703.03400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..episodes import Episodes
+from ..kernels.contracts import EffectiveWeights
+from ..nn.encoder import Encoder, Statistics
+from ..nn.linear_head import LinearHead
+from ..nn.scale_shift import interleave
+from .step import Engine
+
+Weights = tuple[Tensor, ...]
+SupportLoss = Callable[[Weights], tuple[Tensor, Statistics]]
+
+
+class _Network(nn.Module):
+    """Encoder and head, called with parameters that have a leading dimension T."""
+
+    def __init__(self, encoder: Encoder, head: LinearHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Tensor, n_groups: int) -> tuple[Tensor, Statistics]:
+        """[T·n, 3, H, W] → logits [T, n, n_way] and the batch statistics."""
+        weight, bias = self.head.weight, self.head.bias
+        features, statistics = self.encoder.embed(images, n_groups=n_groups)
+        features = features.unflatten(0, (len(weight), -1))
+        # [T, 1, C] + [T, n, D] @ [T, D, C] -> [T, n, C]
+        return torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2)), statistics
+
+
+class _Step(torch.autograd.Function):
+    """θ_t → θ_t − β·g(θ_t), g = ∇L_support; for v in the place of dL/dθ_{t+1}, dL/dθ_t = v − β·∇g·v.
+
+    ∇g·v needs the graph of g: it is kept, or with `checkpoint` made again, one step's at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: SupportLoss, passes: list[Statistics], options: tuple[float, str, bool], *weights: Tensor
+    ) -> Weights:
+        ctx.inner_lr, order, checkpoint = options
+        ctx.loss, ctx.second_order = loss, order == "second"
+        ctx.kept = _gradient(loss, weights, graph=ctx.second_order and not checkpoint)
+        _, gradients, statistics = ctx.kept
+        passes.append(statistics)
+        adapted = tuple(w - ctx.inner_lr * g.detach() for w, g in zip(weights, gradients, strict=True))
+        if checkpoint or not ctx.second_order:
+            ctx.kept = None
+        if checkpoint and ctx.second_order:
+            ctx.save_for_backward(*weights)
+        return adapted
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.second_order:
+            return None, None, None, *grads
+        leaves, gradients, _ = ctx.kept or _gradient(ctx.loss, ctx.saved_tensors, graph=True)
+        # A gradient that depends on no weight, that of a bias before batch statistics, has no graph.
+        pairs = [(g, v) for g, v in zip(gradients, grads, strict=True) if g.requires_grad]
+        outputs, vectors = zip(*pairs, strict=True)
+        products = torch.autograd.grad(outputs, leaves, vectors, materialize_grads=True)
+        ctx.kept = None
+        return None, None, None, *(v - ctx.inner_lr * p for v, p in zip(grads, products, strict=True))
+
+
+def _gradient(
+    loss: SupportLoss, weights: Sequence[Tensor], *, graph: bool
+) -> tuple[Weights, Weights, Statistics]:
+    """Leaves of the values of `weights`, the loss's gradient at them (with its graph), and the batch statistics."""
+    leaves = tuple(w.detach().requires_grad_() for w in weights)
+    with torch.enable_grad():
+        value, statistics = loss(leaves)
+        gradients = torch.autograd.grad(value, leaves, create_graph=graph, materialize_grads=True)
+    return leaves, gradients, statistics
+
+
+@dataclass
+class WholeNetworkEngine(Engine):
+    """The inner loop of MAML: all weights of encoder and head are adapted per task.
+
+    The meta-gradient reaches the parameters that require one; all are adapted, whether they do or not. Batch
+    statistics (`episode`, `running`) are those of each task's split at each step; `frozen` uses the stored ones.
+    `running` averages move as in a plain loop: task after task, its support split at every step, then its query.
+
+    Attributes:
+        checkpoint: keep the weights of every inner step instead of its graph, and compute that again on the way
+            back: memory then hardly grows with `inner_steps`. Only `second` order keeps anything.
+        The others are `Engine`'s.
+
+    Raises:
+        ValueError: the encoder has scale and shift: its frozen weights do not adapt.
+    """
+
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(conv.scale is not None for conv in self.encoder.convs()):
+            raise ValueError("encoder: has scale and shift; an inner loop of all weights takes a plain encoder")
+
+    def query_logits(
+        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
+    ) -> Tensor:
+        (logits,) = self.query_logits_after([self.inner_steps], episodes)
+        return logits
+
+    def query_logits_after(self, n_steps: Sequence[int], episodes: Episodes) -> Iterator[Tensor]:
+        """Logits [T, n_query, n_way] of the query images after each of these ascending numbers of inner steps.
+
+        `running` averages move once, after the last number.
+        """
+        network = _Network(self.encoder, self.head)
+        names, shared = zip(*network.named_parameters(), strict=True)
+        n_tasks = episodes.n_tasks
+        n_groups = 0 if self.norm == "frozen" else n_tasks
+        support, query = (
+            self.preprocess(self.store, rows.flatten(), self.head.weight.dtype)
+            for rows in (episodes.support, episodes.query)
+        )
+
+        def run(weights: Weights, images: Tensor) -> tuple[Tensor, Statistics]:
+            return functional_call(network, dict(zip(names, weights, strict=True)), (images, n_groups))
+
+        def support_loss(weights: Weights) -> tuple[Tensor, Statistics]:
+            logits, statistics = run(weights, support)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), episodes.support_labels.flatten(), reduction="sum"
+            )
+            # The sum over tasks: each one's weights see its own mean loss.
+            return loss / episodes.support_labels.shape[1], statistics
+
+        adapted: Weights = tuple(p.expand(n_tasks, *p.shape) for p in shared)
+        passes: list[Statistics] = []
+        options = (self.inner_lr, self.order, self.checkpoint)
+        taken = 0
+        for wanted in n_steps:
+            for _ in range(wanted - taken):
+                adapted = _Step.apply(support_loss, passes, options, *adapted)
+            taken = wanted
+            logits, statistics = run(adapted, query)
+            yield logits
+        if self.norm == "running":
+            self.encoder.update_running(interleave(*passes, statistics))
+
+    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
+        return ()  # weights of each task's own are no operands of `effective_weights`
