@@ -15,6 +15,7 @@ P is symmetric, and one native call gives p and A (or t and dγ). A convolution'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -65,32 +66,40 @@ def task_conv(
     return BlockOutput(y, ((mean, var, mean.new_full((n_groups,), size)),))
 
 
-def _zeros(weight: Tensor) -> Tensor:
-    return weight.new_zeros(weight.shape[0])
+class _Packed(NamedTuple):
+    """One task's weight as the kernels read it, and a shift [O] of zeros."""
+
+    taps: Tensor
+    rotated: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def each(cls, weight: Tensor) -> list[_Packed]:
+        """Of every task."""
+        zeros = weight.new_zeros(weight.shape[1])
+        return [cls(*torch.ops.mtl_fast.pack_filters(own), zeros) for own in weight]
 
 
-def _convolved(x: Tensor, weight: Tensor, padding: int, residual: Tensor | None = None) -> Tensor:
+def _convolved(x: Tensor, weight: _Packed, padding: int, residual: Tensor | None = None) -> Tensor:
     """conv(x, W) + residual of one task, [n, O, H', W']."""
-    taps, rotated = torch.ops.mtl_fast.pack_filters(weight)
     return torch.ops.mtl_fast.ss_conv(
-        x, taps, rotated, None, None, _zeros(weight), residual, padding, 0, 0.0, False, False
+        x, weight.taps, weight.rotated, None, None, weight.zeros, residual, padding, 0, 0.0, False, False
     )[0]
 
 
 def _transposed(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: int, *, needs_x: bool, needs_weight: bool
+    grad: Tensor, x: Tensor, weight: _Packed, padding: int, *, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """For one task, what dL/dz = `grad` gives for x by W, and for W by x; None where not needed."""
-    taps, rotated = torch.ops.mtl_fast.pack_filters(weight)
     x_grad, taps_grad, *_ = torch.ops.mtl_fast.ss_conv_backward(
         grad,
         x,
         grad.new_empty(0, dtype=torch.uint8),
-        taps,
-        rotated,
+        weight.taps,
+        weight.rotated,
         None,
         None,
-        _zeros(weight),
+        weight.zeros,
         None,
         None,
         padding,
@@ -101,7 +110,7 @@ def _transposed(
         _ss_conv_native.WEIGHT if needs_weight else _ss_conv_native.NOTHING,
         False,
     )
-    weight_grad = torch.ops.mtl_fast.unpack_filters(taps_grad, len(weight)) if needs_weight else None
+    weight_grad = torch.ops.mtl_fast.unpack_filters(taps_grad, len(weight.zeros)) if needs_weight else None
     return (x_grad if needs_x else None), weight_grad
 
 
@@ -117,17 +126,16 @@ class _Convolution(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight, bias)
-        ctx.padding = padding
-        return tuple(
-            _convolved(part, own, padding) for part, own in zip(x.chunk(len(weight)), weight, strict=True)
-        )
+        ctx.packed, ctx.padding = _Packed.each(weight), padding
+        parts = zip(x.chunk(len(weight)), ctx.packed, strict=True)
+        return tuple(_convolved(part, own, padding) for part, own in parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         x_grad, weight_grad = _ConvolutionBackward.apply(
-            x, weight, ctx.padding, needs_x, needs_weight, *grads
+            x, weight, ctx.packed, ctx.padding, needs_x, needs_weight, *grads
         )
         return x_grad, weight_grad, torch.zeros_like(bias) if needs_bias else None, None
 
@@ -137,28 +145,35 @@ class _ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, padding: int, needs_x: bool, needs_weight: bool, *grads: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        packed: list[_Packed],
+        padding: int,
+        needs_x: bool,
+        needs_weight: bool,
+        *grads: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         grads = tuple(map(_dense, grads))
-        ctx.save_for_backward(x, weight, *grads)
-        ctx.padding = padding
+        ctx.save_for_backward(x, *grads)
+        ctx.packed, ctx.padding = packed, padding
         ctx.set_materialize_grads(False)
         found = [
             _transposed(grad, part, own, padding, needs_x=needs_x, needs_weight=needs_weight)
-            for grad, part, own in zip(grads, x.chunk(len(weight)), weight, strict=True)
+            for grad, part, own in zip(grads, x.chunk(len(packed)), packed, strict=True)
         ]
         return _joined([f[0] for f in found], torch.cat), _joined([f[1] for f in found], torch.stack)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, to_x: Tensor | None, to_weight: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, *grads = ctx.saved_tensors
-        n_tasks = len(weight)
-        needs_x, needs_weight, needs_grads = (ctx.needs_input_grad[i] for i in (0, 1, 5))
+        x, *grads = ctx.saved_tensors
+        n_tasks = len(grads)
+        needs_x, needs_weight, needs_grads = (ctx.needs_input_grad[i] for i in (0, 1, 6))
         x_of, weight_of, grad_of = [], [], []
         to_xs = [None] * n_tasks if to_x is None else _dense(to_x).chunk(n_tasks)
-        to_weights = [None] * n_tasks if to_weight is None else to_weight
-        tasks = zip(grads, x.chunk(n_tasks), weight, to_xs, to_weights, strict=True)
+        to_weights = [None] * n_tasks if to_weight is None else _Packed.each(to_weight)
+        tasks = zip(grads, x.chunk(n_tasks), ctx.packed, to_xs, to_weights, strict=True)
         for grad, part, own, to_part, to_own in tasks:
             # dx = convᵀ(dz, W) and dW = corr(x, dz): each is linear in both of its arguments.
             z = None if to_own is None else _convolved(part, to_own, ctx.padding)
@@ -178,9 +193,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         return (
             _joined(x_of, torch.cat),
             _joined(weight_of, torch.stack),
-            None,
-            None,
-            None,
+            *[None] * 4,
             *grad_of,
         )
 
@@ -346,16 +359,21 @@ def _selected(kept: _Kept, p: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tenso
         slope = torch.where((kept.codes & POSITIVE) != 0, 1.0, epilogue.slope).to(p)
     if not epilogue.pool:
         return p, kept.z, slope
-    n, channels, height, width = kept.z.shape
-    h, w = height // 2, width // 2
-    # Offsets in the channels-last memory of z: of each window, and of the maximum's place in it.
-    steps = (height * width * channels, 2 * width * channels, 2 * channels, 1)
-    lengths = (n, h, w, channels)
-    start = sum(
-        torch.arange(length).view([-1 if i == k else 1 for i in range(4)]) * step
-        for k, (length, step) in enumerate(zip(lengths, steps, strict=True))
-    )
+    channels, width = kept.z.shape[1], kept.z.shape[3]
     place = (kept.codes & PLACE).permute(0, 2, 3, 1).long()
-    index = start + (place >> 1) * (width * channels) + (place & 1) * channels
+    # Of the place in its window: 0, 1 of the first row, 2, 3 of the second.
+    index = _window_offsets(*kept.z.shape).addcmul(place >> 1, place.new_tensor(width * channels))
+    index = index.add_(place & 1, alpha=channels)
     at_p, at_z = (v.permute(0, 2, 3, 1).take(index).permute(0, 3, 1, 2) for v in (p, kept.z))
     return at_p, at_z, slope
+
+
+@lru_cache(maxsize=32)
+def _window_offsets(n: int, channels: int, height: int, width: int) -> Tensor:
+    """int64 [n, H//2, W//2, C]: where the 2×2 windows of [n, H, W, C] begin in its memory."""
+    steps = (height * width * channels, 2 * width * channels, 2 * channels, 1)
+    lengths = (n, height // 2, width // 2, channels)
+    offsets = torch.zeros(lengths, dtype=torch.int64)
+    for k, (length, step) in enumerate(zip(lengths, steps, strict=True)):
+        offsets += torch.arange(length).mul_(step).view([-1 if i == k else 1 for i in range(4)])
+    return offsets
