@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -147,8 +147,8 @@ class Pretrain(_Run):
 class MetaTrain(_Run):
     """Learn scale and shift (or weights) and the head's start across tasks, with or without hard tasks."""
 
-    pretrained: Path
-    """Model file, or run folder, of `mtl-fast pretrain`."""
+    pretrained: Path | None = None
+    """Model file, or run folder, of `mtl-fast pretrain`; None starts from random weights (presets of MAML)."""
     meta: MetaConfig
 
     def run(self) -> None:
@@ -176,6 +176,8 @@ class Evaluate:
     """Steps of the inner loop; by default the model's."""
     inner_lr: float | None = None
     """Its step size; by default the model's."""
+    adapt: Literal["head", "all"] | None = None
+    """What it moves: the head, or all weights of the network; by default as trained."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     """Seed of the test tasks."""
@@ -201,7 +203,7 @@ def commands(config: Config) -> dict[str, Any]:
     return {
         "demo": Demo(),
         "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain),
-        "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
+        "meta-train": MetaTrain(**common, meta=config.meta),
         "evaluate": Evaluate(tyro.MISSING),
         "results": Results(),
         "build": Build(),

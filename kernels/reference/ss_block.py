@@ -31,7 +31,7 @@ def ss_block(
     `convolve` computes its convolutions, `normalise` their batch statistics and what follows; `layer_by_task` both,
     where each task has weights of its own.
     """
-    statistics = []
+    statistics: list[tuple[Tensor, Tensor, Tensor]] = []
     if mask is not None:
         # A masked image may hold NaN, and a weight's gradient would be 0·NaN.
         x = x.where(mask.view(-1, 1, 1, 1), 0)

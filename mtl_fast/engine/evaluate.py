@@ -16,7 +16,6 @@ from ..ops.base_learner import base_learner
 from .inner_loops import WholeNetworkEngine
 from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
 
-
 Adapt = Literal["head", "all"]
 
 

@@ -50,7 +50,11 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: SupportLoss, passes: list[Statistics], options: tuple[float, str, bool], *weights: Tensor
+        ctx: Any,
+        loss: SupportLoss,
+        passes: list[Statistics],
+        options: tuple[float, str, bool],
+        *weights: Tensor,
     ) -> Weights:
         ctx.inner_lr, order, checkpoint = options
         ctx.loss, ctx.second_order = loss, order == "second"
@@ -111,7 +115,9 @@ class WholeNetworkEngine(Engine):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(conv.scale is not None for conv in self.encoder.convs()):
-            raise ValueError("encoder: has scale and shift; an inner loop of all weights takes a plain encoder")
+            raise ValueError(
+                "encoder: has scale and shift; an inner loop of all weights takes a plain encoder"
+            )
 
     def query_logits(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
@@ -138,9 +144,7 @@ class WholeNetworkEngine(Engine):
 
         def support_loss(weights: Weights) -> tuple[Tensor, Statistics]:
             logits, statistics = run(weights, support)
-            loss = F.cross_entropy(
-                logits.flatten(0, 1), episodes.support_labels.flatten(), reduction="sum"
-            )
+            loss = F.cross_entropy(logits.flatten(0, 1), episodes.support_labels.flatten(), reduction="sum")
             # The sum over tasks: each one's weights see its own mean loss.
             return loss / episodes.support_labels.shape[1], statistics
 

@@ -53,9 +53,9 @@ class Conv4(Encoder):
         for i, conv in enumerate(self.convs()):
             operands = conv.operands(weights[i] if weights is not None else None)
             if operands.filters.by_task:
-                own = task_conv(
-                    x, operands, n_groups=n_groups, epilogue=self.epilogue, backend=self.backend
-                )
+                if mask is not None:
+                    raise ValueError("mask: weights of each task's own take none")
+                own = task_conv(x, operands, n_groups=n_groups, epilogue=self.epilogue, backend=self.backend)
                 statistics.extend(own.statistics)
                 x = own.output
                 continue

@@ -59,7 +59,9 @@ def task_operands(name: str, conv: ConvOperands, x: tuple[int, ...], n_groups: i
         )
     groups(x[0], n_tasks, None)
     channels(name, x, conv)
-    vectors = {"filters.bias": (conv.filters.bias, (n_tasks, n_out))}
+    vectors: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "filters.bias": (conv.filters.bias, (n_tasks, n_out))
+    }
     if norm is not None:
         vectors |= {f"norm.{key}": (getattr(norm, key), (n_tasks, n_out)) for key in ("weight", "bias")}
         vectors |= {f"norm.{key}": (getattr(norm, key), (n_out,)) for key in ("mean", "var")}

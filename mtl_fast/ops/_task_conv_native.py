@@ -77,7 +77,8 @@ class _Packed(NamedTuple):
     def each(cls, weight: Tensor) -> list[_Packed]:
         """Of every task."""
         zeros = weight.new_zeros(weight.shape[1])
-        return [cls(*torch.ops.mtl_fast.pack_filters(own), zeros) for own in weight]
+        pairs = (torch.ops.mtl_fast.pack_filters(own) for own in weight)
+        return [cls(taps, rotated, zeros) for taps, rotated in pairs]
 
 
 def _convolved(x: Tensor, weight: _Packed, padding: int, residual: Tensor | None = None) -> Tensor:
@@ -122,9 +123,7 @@ class _Convolution(torch.autograd.Function):
     """x [T·n, I, H, W], W [T, O, I, k, k] → T times [n, O, H', W']; the bias only gets its gradient, 0."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight, bias)
         ctx.packed, ctx.padding = _Packed.each(weight), padding
         parts = zip(x.chunk(len(weight)), ctx.packed, strict=True)

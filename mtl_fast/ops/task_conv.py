@@ -67,6 +67,4 @@ def task_conv(
     _check.epilogue(epilogue, _check.output_shape(x.shape, conv.filters), residual)
     facts = {"x": x, "conv": conv, "n_groups": n_groups, "epilogue": epilogue, "residual": residual}
     choice = choose("task_conv", backend, **facts)
-    return _IMPLEMENTATIONS[choice.backend](
-        x, conv, n_groups=n_groups, epilogue=epilogue, residual=residual
-    )
+    return _IMPLEMENTATIONS[choice.backend](x, conv, n_groups=n_groups, epilogue=epilogue, residual=residual)

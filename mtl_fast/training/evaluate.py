@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import Config, EvaluationConfig
+from ..config import Config, EvaluationConfig, MetaConfig
 from ..data import load_split
 from ..data.store import ImageStore
-from ..engine.evaluate import Evaluation, evaluate
+from ..engine.evaluate import Adapt, Evaluation, evaluate
 from ..episodes import Episodes, EpisodeSampler
 from ..errors import InputError
 from ..nn import LinearHead
@@ -52,6 +52,11 @@ def drawn_episodes(config: Config, store: ImageStore) -> Episodes:
     )
 
 
+def nothing_learned(meta: MetaConfig) -> MetaConfig:
+    """Settings of meta-training for a model without any: its inner loop may adapt the head or all weights."""
+    return replace(meta, learn="weights", last_block_only=False)
+
+
 def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -> tuple[Score, Evaluation]:
     """Fits and scores the episodes; a pre-trained model gets a fresh zero head ("update θ")."""
     head = model.head
@@ -66,6 +71,7 @@ def score(model: Model, config: Config, store: ImageStore, episodes: Episodes) -
         inner_lr=config.inner.lr,
         inner_steps=config.inner.test_steps,
         norm=config.meta.norm if model.head is not None else "frozen",
+        adapt=config.inner.adapt,
     )
     return Score(result.accuracy.cpu(), mean_interval(result.accuracy), config), result
 
@@ -79,6 +85,7 @@ def evaluate_model(
     n_query: int | None = None,
     inner_steps: int | None = None,
     inner_lr: float | None = None,
+    adapt: Adapt | None = None,
     evaluation: EvaluationConfig | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -87,7 +94,8 @@ def evaluate_model(
     """Tests a model file; every None takes the model's own setting.
 
     Raises:
-        InputError: no such model; a head of another n_way; images of another size; a split with too few classes
+        InputError: no such model; a head of another n_way; all weights to adapt of a model that learned something
+            else; images of another size; a split with too few classes
             or images; an output that cannot be written.
     """
     evaluation = evaluation or EvaluationConfig()
@@ -100,12 +108,15 @@ def evaluate_model(
         config.inner,
         lr=config.inner.lr if inner_lr is None else inner_lr,
         test_steps=config.inner.test_steps if inner_steps is None else inner_steps,
+        adapt=config.inner.adapt if adapt is None else adapt,
     )
     if model.head is not None and shape.n_way != config.episodes.n_way:
         raise InputError(
             f"{checkpoint}: its head was meta-trained for {config.episodes.n_way} classes a task, --n-way asks for "
             f"{shape.n_way}; meta-train with --episodes.n-way {shape.n_way}, or evaluate the pre-trained encoder"
         )
+    if model.head is None:
+        config = replace(config, meta=nothing_learned(config.meta))
     config = replace(config, episodes=shape, inner=inner, evaluation=evaluation, seed=seed, device=device)
     size = config.data.image_size or (None if data is None else model.image_size)
     store = load_split(data or config.data.source, evaluation.split, size).to(target)

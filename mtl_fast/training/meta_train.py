@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import Config, MetaConfig
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
-from ..engine.step import EpisodicEngine
+from ..engine.inner_loops import WholeNetworkEngine
+from ..engine.step import Engine, EpisodicEngine
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
 from . import checkpoint
@@ -21,6 +22,7 @@ from .logging import RunLog
 from .models import (
     Model,
     architecture,
+    build_encoder,
     facts_of,
     fingerprint,
     learnable,
@@ -42,7 +44,7 @@ class MetaTraining(Phase):
 
     Args:
         config: settings.
-        pretrained: the pre-trained model.
+        pretrained: the pre-trained model; None starts from random weights, where that makes sense.
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
@@ -54,7 +56,7 @@ class MetaTraining(Phase):
     def __init__(
         self,
         config: Config,
-        pretrained: Model,
+        pretrained: Model | None,
         output: str | Path,
         *,
         resume: bool = False,
@@ -62,15 +64,23 @@ class MetaTraining(Phase):
         val: ImageStore | None = None,
     ) -> None:
         check_rounds(config.meta)
+        if pretrained is None:
+            check_random_start(config.meta)
         super().__init__(config, train, val)
         self.meta = config.meta
-        checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
-        check_normalisation(config, pretrained)
-        self.encoder = pretrained.encoder.to(self.device)
+        if pretrained is None:
+            initial = self.streams.stream("initial")
+            self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
+        else:
+            wanted = architecture(config, self.image_size)
+            checkpoint.check_architecture(pretrained.meta, wanted, pretrained.path)
+            check_normalisation(config, pretrained)
+            self.encoder = pretrained.encoder
+        self.encoder.to(self.device)
         inputs = {
             "train": facts_of(self.train),
             "val": facts_of(self.val),
-            "pretrained": fingerprint(weights_of(self.encoder)),
+            "pretrained": None if pretrained is None else fingerprint(weights_of(self.encoder)),
         }
         self.head = new_head(config, self.encoder, self.streams).to(self.device)
         self.moved = learnable(self.encoder, config)
@@ -86,22 +96,25 @@ class MetaTraining(Phase):
         self.pool: HardTaskPool | None = None
         if self.meta.hard != "none":
             self.pool = HardTaskPool(self.sampler, self.meta.hard, self.streams.stream("hard_tasks"))
-        self.engine = EpisodicEngine(
-            self.encoder,
-            self.head,
-            self.train,
-            self.preprocess,
-            norm=self.meta.norm,
-            order=config.inner.order,
-            inner_lr=config.inner.lr,
-            inner_steps=config.inner.train_steps,
-            images_per_chunk=self.meta.images_per_chunk,
-        )
+        self.engine = self._new_engine()
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._open(output, resume=resume, inputs=inputs)
+
+    def _new_engine(self) -> Engine:
+        inner, parts = self.config.inner, (self.encoder, self.head, self.train, self.preprocess)
+        options: dict[str, Any] = {
+            "norm": self.meta.norm,
+            "order": inner.order,
+            "inner_lr": inner.lr,
+            "inner_steps": inner.train_steps,
+            "images_per_chunk": self.meta.images_per_chunk,
+        }
+        if inner.adapt == "all":
+            return WholeNetworkEngine(*parts, **options, checkpoint=inner.checkpoint)
+        return EpisodicEngine(*parts, **options)
 
     def next_episodes(self) -> tuple[Episodes, bool]:
         """The tasks of the next update, and whether they are hard ones."""
@@ -156,6 +169,7 @@ class MetaTraining(Phase):
             inner_lr=inner.lr,
             inner_steps=inner.test_steps,
             norm=self.meta.norm,
+            adapt=inner.adapt,
         )
         mean, interval = mean_interval(result.accuracy)
         tasks = self.update * self.meta.tasks_per_update
@@ -203,6 +217,19 @@ def check_rounds(meta: MetaConfig) -> None:
                 f"--meta.{name.replace('_', '-')} is {value}, which is no positive multiple of "
                 f"--meta.tasks-per-update {meta.tasks_per_update}"
             )
+
+
+def check_random_start(meta: MetaConfig) -> None:
+    """Meta-training without a pre-trained network learns all weights, with batch statistics.
+
+    Raises:
+        InputError: it would learn only a part of a random network, or use statistics that nobody took.
+    """
+    if meta.learn != "weights" or meta.last_block_only or meta.norm != "episode":
+        raise InputError(
+            "--pretrained is missing: only --meta.learn weights of all blocks with --meta.norm episode starts from "
+            "random weights (such as --preset maml); `mtl-fast pretrain` makes a model file"
+        )
 
 
 def check_normalisation(config: Config, pretrained: Model) -> None:
@@ -267,8 +294,15 @@ def _adam(
     return torch.optim.Adam(groups)
 
 
-def meta_train(config: Config, pretrained: str | Path, output: str | Path, *, resume: bool = False) -> Path:
-    """Meta-trains from a pre-trained model file as `config` says; returns the model file. See `MetaTraining`."""
+def meta_train(
+    config: Config, pretrained: str | Path | None, output: str | Path, *, resume: bool = False
+) -> Path:
+    """Meta-trains from a pre-trained model file (None: from random weights) as `config` says; returns the model file.
+
+    See `MetaTraining`.
+    """
+    if pretrained is None:
+        return MetaTraining(config, None, output, resume=resume).run()
     model = load_model(pretrained, kind="pretrained")
     # The network is the pre-trained one, whatever the recipe's default.
     config = replace(

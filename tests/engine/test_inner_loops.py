@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-import warnings
 from typing import Any
 
 import pytest
@@ -14,12 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mtl_fast.data.store import ImageStore
-from mtl_fast.engine import WholeNetworkEngine, evaluate, evaluate_all_weights
+from mtl_fast.engine import WholeNetworkEngine
 from mtl_fast.episodes import Episodes
 from mtl_fast.nn import Encoder, LinearHead
 from tests.conv_cases import assert_near
-from tests.engine.cases import NORMS, ORDERS, PREPROCESS, gradients, images, make_encoder, tasks
-from tests.engine.test_step import NothingReadBack, assert_same_state
+from tests.engine.cases import NORMS, ORDERS, PREPROCESS, images, make_encoder, tasks
 from tests.nn.plain_networks import plain_network, plain_norms
 
 # Convolutions of about 60 terms, four of them deep, as often as there are passes, twice for second order; batch
@@ -29,7 +25,9 @@ by_norm = pytest.mark.parametrize("norm", NORMS)
 by_order = pytest.mark.parametrize("order", ORDERS)
 
 
-def engine_of(store: ImageStore, kind: str = "conv4", *, n_way: int = 3, **options: Any) -> WholeNetworkEngine:
+def engine_of(
+    store: ImageStore, kind: str = "conv4", *, n_way: int = 3, **options: Any
+) -> WholeNetworkEngine:
     encoder = make_encoder(kind, "head", options.pop("dtype", torch.float64))
     encoder.requires_grad_(True)
     dtype = next(encoder.parameters()).dtype
@@ -53,9 +51,7 @@ class Plain(nn.Module):
         return self.head(self.encoder(x))
 
 
-def one_by_one(
-    engine: WholeNetworkEngine, episodes: Episodes
-) -> tuple[Plain, Tensor, Tensor]:
+def one_by_one(engine: WholeNetworkEngine, episodes: Episodes) -> tuple[Plain, Tensor, Tensor]:
     """The network with its gradients (and running averages), losses [T] and logits [T, m, n_way]."""
     network = Plain(engine)
     names, shared = zip(*network.named_parameters(), strict=True)
@@ -89,10 +85,18 @@ def in_their_order(encoder: Encoder) -> list[Tensor]:
 
 def assert_same_gradients(engine: WholeNetworkEngine, plain: Plain, tolerance: float = TOLERANCE) -> None:
     # What is left out has no value in torch.nn either: a γ of ones that does not exist with us.
-    frozen = {id(n.weight) for n in plain_norms(plain.encoder)} if engine.encoder.norms()[0].weight is None else set()
+    frozen = (
+        {id(n.weight) for n in plain_norms(plain.encoder)}
+        if engine.encoder.norms()[0].weight is None
+        else set()
+    )
     theirs = [p for p in plain.encoder.parameters() if id(p) not in frozen]
     ours = in_their_order(engine.encoder)
-    pairs = [*zip(ours, theirs, strict=True), (engine.head.weight, plain.head.weight), (engine.head.bias, plain.head.bias)]
+    pairs = [
+        *zip(ours, theirs, strict=True),
+        (engine.head.weight, plain.head.weight),
+        (engine.head.bias, plain.head.bias),
+    ]
     # A bias before batch statistics has no gradient but rounding: compare with the largest of all.
     largest = max(float(p.grad.abs().max()) for _, p in pairs)
     for own, other in pairs:
