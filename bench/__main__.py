@@ -1,4 +1,4 @@
-"""`python -m bench ops|step|pretrain`: the rows of one part of the system beside plain PyTorch, as a table."""
+"""`python -m bench ops|step|pretrain|maml`: the rows of one part of the system beside plain PyTorch, as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .report import header, lines_of, record, text
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 1 if any row was refused, 2 if none was asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("part", choices=("ops", "step", "pretrain"))
+    parser.add_argument("part", choices=("ops", "step", "pretrain", "maml"))
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--rounds", type=int, help="at least 7, or 2 with --quick (by default 9, or 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -52,6 +52,10 @@ def _rows(part: str, quick: bool) -> list[Measurable]:
         from . import pretrain
 
         return list(pretrain.rows(quick))
+    if part == "maml":
+        from . import inner_loops
+
+        return list(inner_loops.rows(quick))
     from . import encoder, fits
     from .ops import bench_ss_conv
 
