@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
 from . import _ss_conv_native
-from ._epilogue_codes import ACTIVATIONS, PLACE, POSITIVE
+from ._epilogue_codes import ACTIVATIONS, POSITIVE
 from ._library import native_runs
 
 
@@ -359,10 +359,10 @@ def _selected(kept: _Kept, p: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tenso
     if not epilogue.pool:
         return p, kept.z, slope
     channels, width = kept.z.shape[1], kept.z.shape[3]
-    place = (kept.codes & PLACE).permute(0, 2, 3, 1).long()
-    # Of the place in its window: 0, 1 of the first row, 2, 3 of the second.
-    index = _window_offsets(*kept.z.shape).addcmul(place >> 1, place.new_tensor(width * channels))
-    index = index.add_(place & 1, alpha=channels)
+    # By code, from a window's beginning: two places of the first row, two of the second, whatever the sign.
+    below = width * channels
+    steps = torch.tensor([0, channels, below, below + channels] * 2)
+    index = steps.take(kept.codes.permute(0, 2, 3, 1).long()).add_(_window_offsets(*kept.z.shape))
     at_p, at_z = (v.permute(0, 2, 3, 1).take(index).permute(0, 3, 1, 2) for v in (p, kept.z))
     return at_p, at_z, slope
 
