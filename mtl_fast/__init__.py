@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .config import Config, preset
     from .data import load_split
     from .data.store import ImageStore
-    from .engine import EpisodicEngine, Preprocess, evaluate
+    from .engine import EpisodicEngine, Preprocess, WholeNetworkEngine, evaluate
     from .episodes import Episodes, EpisodeSampler, HardTaskPool
     from .errors import InputError
     from .nn import Conv4, LinearHead, ResNet12, ScaleShiftConv2d
-    from .ops import base_learner, fit_heads, ss_block, ss_conv, why
+    from .ops import base_learner, fit_heads, ss_block, ss_conv, task_conv, why
     from .random_streams import RandomStreams
     from .training.evaluate import evaluate_model
     from .training.meta_train import meta_train
@@ -32,6 +32,7 @@ _HOME = {
     "ImageStore": "data.store",
     "EpisodicEngine": "engine",
     "Preprocess": "engine",
+    "WholeNetworkEngine": "engine",
     "evaluate": "engine",
     "Episodes": "episodes",
     "EpisodeSampler": "episodes",
@@ -45,6 +46,7 @@ _HOME = {
     "fit_heads": "ops",
     "ss_block": "ops",
     "ss_conv": "ops",
+    "task_conv": "ops",
     "why": "ops",
     "RandomStreams": "random_streams",
     "evaluate_model": "training.evaluate",
@@ -67,6 +69,7 @@ __all__ = [
     "RandomStreams",
     "ResNet12",
     "ScaleShiftConv2d",
+    "WholeNetworkEngine",
     "base_learner",
     "evaluate",
     "evaluate_model",
@@ -78,6 +81,7 @@ __all__ = [
     "pretrain",
     "ss_block",
     "ss_conv",
+    "task_conv",
     "why",
 ]
 

@@ -58,15 +58,14 @@ class _Step(torch.autograd.Function):
     ) -> Weights:
         ctx.inner_lr, order, checkpoint = options
         ctx.loss, ctx.second_order = loss, order == "second"
-        ctx.kept = _gradient(loss, weights, graph=ctx.second_order and not checkpoint)
-        _, gradients, statistics = ctx.kept
-        passes.append(statistics)
-        adapted = tuple(w - ctx.inner_lr * g.detach() for w, g in zip(weights, gradients, strict=True))
-        if checkpoint or not ctx.second_order:
-            ctx.kept = None
-        if checkpoint and ctx.second_order:
+        keeps = ctx.second_order and not checkpoint
+        found = _gradient(loss, weights, graph=keeps)
+        ctx.kept = found if keeps else None
+        if ctx.second_order and checkpoint:
             ctx.save_for_backward(*weights)
-        return adapted
+        _, gradients, statistics = found
+        passes.append(statistics)
+        return tuple(w - ctx.inner_lr * g.detach() for w, g in zip(weights, gradients, strict=True))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,8 +102,8 @@ class WholeNetworkEngine(Engine):
 
     Attributes:
         checkpoint: keep the weights of every inner step instead of its graph, and compute that again on the way
-            back: memory then hardly grows with `inner_steps`. Only `second` order keeps anything.
-        The others are `Engine`'s.
+            back: memory then hardly grows with `inner_steps`. Only `second` order keeps anything. The other
+            attributes are `Engine`'s; convolutions run on the encoder's own `backend`.
 
     Raises:
         ValueError: the encoder has scale and shift: its frozen weights do not adapt.

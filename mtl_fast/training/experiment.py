@@ -93,13 +93,11 @@ class Experiment:
 
     def settings(self, row: Row, n_shot: int, *, lr: float | None = None) -> Config:
         """A row's settings of meta-training; `lr` replaces the rate of what it learns (MAML: of all it learns)."""
-        config, recipe = self.with_shot(n_shot), self.config
+        config, recipe = self.with_shot(n_shot), self.maml if row.adapt == "all" else self.config
         meta: dict[str, Any] = {"learn": row.learn, "hard": row.hard}
-        if row.adapt == "all":
-            recipe = self.maml
         if lr is not None:
-            meta |= {} if row.learn == "head" else {"lr": lr}
-            meta |= {"head_lr": lr} if row.learn == "head" or row.adapt == "all" else {}
+            rates = ("lr", "head_lr") if row.adapt == "all" else ("head_lr" if row.learn == "head" else "lr",)
+            meta |= dict.fromkeys(rates, lr)
         network = config.encoder if row.pretrained else recipe.encoder
         return replace(config, encoder=network, inner=recipe.inner, meta=replace(recipe.meta, **meta))
 
