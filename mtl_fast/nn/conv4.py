@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..kernels.contracts import EffectiveWeights, Epilogue
+from ..ops import _check
 from ..ops.episode_norm import episode_norm
 from ..ops.ss_conv import ss_conv
+from ..ops.task_conv import task_conv
 from .encoder import Embeddings, Encoder, Statistics
 from .scale_shift import ChannelNorm2d, ScaleShiftConv2d
 
@@ -51,6 +53,12 @@ class Conv4(Encoder):
             x = x.where(mask.view(-1, 1, 1, 1), 0)  # a weight's gradient would be 0·NaN
         for i, conv in enumerate(self.convs()):
             operands = conv.operands(weights[i] if weights is not None else None)
+            if operands.filters.by_task:
+                _check.by_task_alone(mask, self._gather)
+                own = task_conv(x, operands, n_groups=n_groups, epilogue=self.epilogue, backend=self.backend)
+                statistics.extend(own.statistics)
+                x = own.output
+                continue
             if n_groups == 0:
                 x = ss_conv(x, operands, epilogue=self.epilogue, fold=self.fold, backend=self.backend)
                 continue
