@@ -32,23 +32,26 @@ def _resident(field: str) -> int:
 
 
 def measure(side: str, n_tasks: int, *, quick: bool) -> int:
-    """Bytes that two tasks at a time of `n_tasks` need; `side` is ours or the name of a peer."""
-    from .step import Problem, Shape
+    """Bytes that a step of `n_tasks` needs; `side` is ours, two tasks at a time, or the name of a peer.
 
-    problem = Problem(Shape.of(quick=quick), n_tasks=n_tasks)
+    A side that is called `inner_loops.SIDE` and something is one of the inner loops of whole networks.
+    """
+    from . import inner_loops, step
+
+    problem: inner_loops.Problem | step.Problem
+    if side.startswith(inner_loops.SIDE):
+        problem = inner_loops.Problem(n_tasks=n_tasks, quick=quick)
+    else:
+        problem = step.Problem(step.Shape.of(quick=quick), n_tasks=n_tasks)
     torch.compile(torch.sin)(
         torch.ones(1, requires_grad=True)
     ).sum().backward()  # compiler and threads are there
     before = _resident("VmRSS")
-    if side == OURS:
-        per_task = problem.episodes.support.shape[1] + problem.episodes.query.shape[1]
-        step = problem.ours(problem.network(), images_per_chunk=2 * per_task)
-    else:
-        step = problem.peer(side, problem.network())
-    step()
+    take = problem.side(side)
+    take()
     (PROC / "clear_refs").write_text("5", "utf-8")
     for _ in range(2):
-        step()
+        take()
     return _resident("VmHWM") - before
 
 
@@ -78,15 +81,17 @@ def in_processes(side: str, n_tasks: int, settings: Settings) -> tuple[list[int]
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Each peer's peak over ours, 2 tasks."""
+    """Each peer's peak over ours."""
 
     name: str
     peers: tuple[str, ...]
+    ours: str = OURS
+    n_tasks: int = 2
 
     def measure(self, settings: Settings) -> Iterable[Line]:
-        ours, why_not = in_processes(OURS, 2, settings)
+        ours, why_not = in_processes(self.ours, self.n_tasks, settings)
         for name in self.peers:
-            peer, why_not_peer = in_processes(name, 2, settings)
+            peer, why_not_peer = in_processes(name, self.n_tasks, settings)
             if why_not or why_not_peer:
                 yield Line(self.name, refused=why_not or why_not_peer)
                 continue
@@ -104,28 +109,30 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryGrowthRow:
-    """How much more 64 tasks need than 2, two tasks in flight in both."""
+    """How much more a large step needs than a small one; each is a side, a number of tasks and a name."""
 
     name: str
-    target: Target
+    target: Target | None
+    small: tuple[str, int, str] = (OURS, 2, "2 tasks")
+    large: tuple[str, int, str] = (OURS, 64, "64 tasks")
 
     def measure(self, settings: Settings) -> Iterable[Line]:
-        few, why_not = in_processes(OURS, 2, settings)
-        many, why_not_many = in_processes(OURS, 64, settings)
+        few, why_not = in_processes(*self.small[:2], settings)
+        many, why_not_many = in_processes(*self.large[:2], settings)
         if why_not or why_not_many:
             return [Line(self.name, refused=why_not or why_not_many)]
         return [
             Line(
                 self.name,
-                against="2 tasks",
-                peers=("2 tasks",),
+                against=self.small[2],
+                peers=(self.small[2],),
                 ours=megabytes(median(many)),
                 peer=megabytes(median(few)),
                 values=tuple(m / f - 1 for f, m in zip(few, many, strict=True)),
                 best=min(many) / min(few) - 1,
                 target=self.target,
                 unit="%",
-                details={"bytes": {"2 tasks": few, "64 tasks": many}},
+                details={"bytes": {self.small[2]: few, self.large[2]: many}},
             )
         ]
 

@@ -17,7 +17,7 @@ from mtl_fast.nn import LinearHead, ResNet12
 
 from .accuracy import Expected, behind_kinks, convolution_bound
 from .harness import Against, Case, Contender, Measurable, Row, Target
-from .memory import MemoryGrowthRow, MemoryRow
+from .memory import OURS, MemoryGrowthRow, MemoryRow
 from .networks import (
     FULL,
     N_CONVS_DEEP,
@@ -94,6 +94,13 @@ class Problem:
             return {"loss": loss} | {name: p.grad for name, p in named.items() if p.grad is not None}
 
         return step
+
+    def side(self, name: str) -> Step:
+        """The step whose memory is measured: ours with two tasks in flight, or a peer's."""
+        if name != OURS:
+            return self.peer(name, self.network())
+        per_task = self.episodes.support.shape[1] + self.episodes.query.shape[1]
+        return self.ours(self.network(), images_per_chunk=2 * per_task)
 
     def peer(self, name: str, encoder: ResNet12, dtype: torch.dtype = torch.float32) -> Step:
         """A step of the peer `name` on copies of all that `encoder` holds."""

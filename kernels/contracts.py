@@ -20,8 +20,8 @@ class FrozenFilters:
     """A convolution's frozen weight, its geometry, and whatever a backend derives from it once.
 
     Attributes:
-        weight: [O, I/g, k, k].
-        bias: [O] or None.
+        weight: [O, I/g, k, k]; [T, O, I/g, k, k] where each of T tasks has its own.
+        bias: [O] or None; [T, O] where each task has its own.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         derived: what backends computed from `weight` (packed, rotated, transformed), by name, on first use;
             not for a weight that requires a gradient. It lives as long as this object: the module that owns
@@ -35,6 +35,11 @@ class FrozenFilters:
     dilation: int | tuple[int, int] = 1
     groups: int = 1
     derived: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def by_task(self) -> bool:
+        """Whether each task has a weight of its own: an operand of `task_conv` only."""
+        return self.weight.dim() == 5
 
 
 @dataclass(frozen=True)

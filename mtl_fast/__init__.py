@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config import Config, preset
     from .data import load_split
     from .data.store import ImageStore
-    from .engine import EpisodicEngine, Preprocess, adapt_and_predict, evaluate
+    from .engine import EpisodicEngine, Preprocess, WholeNetworkEngine, adapt_and_predict, evaluate
     from .episodes import Episodes, EpisodeSampler, HardTaskPool
     from .errors import InputError
     from .nn import (
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         fold,
         scale_shift_parameters,
     )
-    from .ops import base_learner, fit_heads, ss_block, ss_conv, why
+    from .ops import base_learner, fit_heads, ss_block, ss_conv, task_conv, why
     from .random_streams import RandomStreams
     from .training.evaluate import evaluate_model
     from .training.export_weights import export_weights
@@ -46,6 +46,7 @@ _HOME = {
     "ImageStore": "data.store",
     "EpisodicEngine": "engine",
     "Preprocess": "engine",
+    "WholeNetworkEngine": "engine",
     "adapt_and_predict": "engine",
     "evaluate": "engine",
     "Episodes": "episodes",
@@ -65,6 +66,7 @@ _HOME = {
     "fit_heads": "ops",
     "ss_block": "ops",
     "ss_conv": "ops",
+    "task_conv": "ops",
     "why": "ops",
     "RandomStreams": "random_streams",
     "evaluate_model": "training.evaluate",
@@ -92,6 +94,7 @@ __all__ = [
     "ResNet12",
     "ResNet25",
     "ScaleShiftConv2d",
+    "WholeNetworkEngine",
     "adapt_and_predict",
     "base_learner",
     "convert",
@@ -109,6 +112,7 @@ __all__ = [
     "scale_shift_parameters",
     "ss_block",
     "ss_conv",
+    "task_conv",
     "why",
 ]
 

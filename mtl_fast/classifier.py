@@ -88,10 +88,16 @@ class FewShotClassifier:
             options: arguments of the class that go before the model's own.
 
         Raises:
-            InputError: no model file, or one whose features depend on the whole task (norm `episode`).
+            InputError: no model file, or one whose features depend on the whole task (norm `episode`) or whose inner
+                loop adapts all weights.
         """
         model = load_model(path, device=device_of(replace(Config(), device=device)))
         config = model.config
+        if config.inner.adapt == "all":
+            raise InputError(
+                f"{model.path}: its inner loop adapts all weights (inner.adapt all); FewShotClassifier fits the head "
+                "alone, `mtl-fast evaluate` tests such models"
+            )
         if model.head is not None and config.meta.norm == "episode":
             raise InputError(
                 f"{model.path}: was meta-trained with norm episode, whose features depend on the whole task; "

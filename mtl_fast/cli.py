@@ -123,8 +123,8 @@ class Pretrain(_Run):
 class MetaTrain(_Run):
     """Learn scale and shift (or weights) and the head's start across tasks, with or without hard tasks."""
 
-    pretrained: Path
-    """Model file, or run folder, of `mtl-fast pretrain`."""
+    pretrained: Path | None = None
+    """Model file, or run folder, of `mtl-fast pretrain`; None starts from random weights (presets of MAML)."""
     meta: MetaConfig
 
     def run(self) -> None:
@@ -181,6 +181,8 @@ class Evaluate:
     """Steps of the inner loop; by default the model's."""
     inner_lr: float | None = None
     """Its step size; by default the model's."""
+    adapt: Literal["head", "all"] | None = None
+    """What it moves: the head, or all weights of the network; by default as trained."""
     head: Literal["learned", "zeros"] = "learned"
     """Where heads start: as meta-learned, where they were, or from zeros, for any number of classes."""
     by_step: bool = False
@@ -222,7 +224,7 @@ def commands(config: Config) -> dict[str, Any]:
     return {
         "demo": Demo(),
         "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain),
-        "meta-train": MetaTrain(**common, pretrained=tyro.MISSING, meta=config.meta),
+        "meta-train": MetaTrain(**common, meta=config.meta),
         "evaluate": Evaluate(),
         "embed": Embed(tyro.MISSING, tyro.MISSING),
         "import": Import(tyro.MISSING, tyro.MISSING),

@@ -96,8 +96,10 @@ class EpisodeConfig:
 
 @dataclass(frozen=True)
 class InnerConfig:
-    """Base-learning: full-batch gradient steps of the head on a task's support set."""
+    """Base-learning: full-batch gradient steps on a task's support set."""
 
+    adapt: Literal["head", "all"] = "head"
+    """What the steps move: the head (MTL), or all weights of the network (MAML)."""
     lr: float = 0.05
     """Step size against the mean support loss."""
     train_steps: int = 20
@@ -105,7 +107,9 @@ class InnerConfig:
     test_steps: int = 100
     """Steps in validation and test."""
     order: Literal["first", "second"] = "second"
-    """First order treats the adapted head as its start minus constants."""
+    """First order treats what is adapted as its start minus constants."""
+    checkpoint: bool = False
+    """With `all`: save memory by computing each inner step again on the way back."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,11 @@ class Config:
         name, n_widths = self.encoder.name, len(self.encoder.widths)
         if n_widths != _N_WIDTHS[name][0] and not (name == "conv4" and n_widths == 1):
             raise InputError(f"encoder.widths has {n_widths} numbers; {name} takes {_N_WIDTHS[name][1]}")
+        if self.inner.adapt == "all" and (self.meta.learn != "weights" or self.meta.last_block_only):
+            raise InputError(
+                "inner.adapt is 'all': meta-training then learns where all weights start; "
+                "set meta.learn to weights and leave meta.last_block_only out"
+            )
 
     def to_json(self) -> str:
         """The settings as indented JSON."""
@@ -313,10 +322,50 @@ GLYPHS_QUICK = replace(
     evaluation=EvaluationConfig(n_tasks=100),
 )
 
+# MAML (arXiv 1703.03400) as a baseline. Its numbers are the common ones, no figure of any source followed here:
+# Conv-4 with 32 filters, 5 steps of 0.01 in training and 10 at test, 4 tasks an update, 60,000 updates of Adam at 1e-3.
+MAML = Config(
+    encoder=EncoderConfig("conv4", widths=(32,), dropout=0.0),
+    inner=InnerConfig("all", lr=0.01, train_steps=5, test_steps=10, order="second"),
+    meta=MetaConfig(
+        learn="weights",
+        norm="episode",
+        lr=1e-3,
+        head_lr=1e-3,
+        lr_floor=1e-3,  # no decay
+        tasks_per_update=4,
+        n_tasks=4 * 60_000,
+        hard="none",
+        # Two random tasks to a hard one, as `paper` has, in updates of four.
+        random_tasks_per_round=24,
+        hard_tasks_per_round=12,
+        validate_every=8_000,
+    ),
+)
+
+# The same on the pre-trained network of `paper`, one task in flight and one inner step's graph at a time.
+MAML_DEEP = replace(
+    MAML,
+    encoder=EncoderConfig(),
+    inner=replace(MAML.inner, checkpoint=True),
+    meta=replace(MAML.meta, images_per_chunk=80),
+)
+
+# MAML on the embedded benchmark, at a length that fits its other rows.
+GLYPHS_MAML = replace(
+    MAML,
+    data=GLYPHS.data,
+    episodes=GLYPHS.episodes,
+    meta=replace(MAML.meta, n_tasks=7_200, validation_tasks=300, validate_every=720),
+)
+
 PRESETS: dict[str, Config] = {
     "paper": Config(),
     "glyphs": GLYPHS,
     "glyphs-quick": GLYPHS_QUICK,
+    "glyphs-maml": GLYPHS_MAML,
+    "maml": MAML,
+    "maml-deep": MAML_DEEP,
 }
 
 

@@ -36,6 +36,8 @@ from bench.harness import (
     interleaved,
     ratios,
 )
+from bench.inner_loops import Problem as MamlProblem
+from bench.inner_loops import rows as maml_rows
 from bench.ops.bench_ss_conv import bare, conv_case
 from bench.ops.bench_ss_conv import rows as conv_rows
 from bench.pretrain import rows as pretrain_rows
@@ -220,6 +222,30 @@ def test_every_row_of_the_targets_is_there() -> None:
         "peak memory of a meta-training step",
         "pre-training step",
     ]
+    names = [row.name for row in maml_rows(quick=False)]
+    assert len(names) == len(set(names)) == 4 + 4 + 3
+    for part in (
+        "second order, Conv-4 @ 84, 4 tasks",
+        "first order, Conv-4 @ 32, 4 tasks",
+        "kept, 1 in flight",
+        "20 inner steps, check",
+    ):
+        assert any(part in name for name in names), part
+
+
+def test_a_step_of_maml_is_the_plain_loop() -> None:
+    timed = [row for row in maml_rows(quick=True) if row.name.startswith("MAML step")]
+    lines = list(lines_of(timed, replace(QUICK, rounds=2)))
+    assert len(lines) == 2
+    assert all(line.values for line in lines), [line.refused for line in lines]
+
+
+def test_the_sides_whose_memory_is_measured_take_the_same_step() -> None:
+    problem = MamlProblem(n_tasks=3, quick=True)
+    sides = ("maml plain", "maml kept 3 5", "maml kept 1 5", "maml checkpointed 2 5")
+    losses = torch.stack([problem.side(side)()["loss"] for side in sides])
+    assert float(losses.std() / losses.mean()) < 1e-3
+    assert not torch.equal(problem.side("maml kept 3 1")()["loss"], losses[1])
 
 
 def test_evaluation_and_scaling_have_the_rows_asked_for() -> None:
@@ -334,7 +360,7 @@ def test_errors_of_the_command(capsys: pytest.CaptureFixture[str], arguments: li
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("part", "row"), [("ops", "encoder"), ("step", ""), ("pretrain", "")])
+@pytest.mark.parametrize(("part", "row"), [("ops", "encoder"), ("step", ""), ("pretrain", ""), ("maml", "")])
 def test_networks_and_memory_run(part: str, row: str) -> None:
     # In a process of its own: importing the compiler warns.
     command = [sys.executable, "-m", "bench", part, "--quick", "--rows", row, "--threads", "1"]

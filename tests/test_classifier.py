@@ -15,6 +15,7 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import Preprocess, embed_rows, evaluate
 from mtl_fast.errors import InputError
 from mtl_fast.nn import LinearHead, NetworkEncoder, convert
+from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.models import load_model
 from tests.conv_cases import assert_near
 from tests.engine.cases import PREPROCESS, fitted, images, make_encoder, tasks
@@ -249,3 +250,9 @@ def test_a_model_of_episode_norm_is_refused(pretrained: Path, tmp_path: Path) ->
         folder = meta_trained(tmp_path / "episode", pretrained, norm="episode")
     with pytest.raises(InputError, match="was meta-trained with norm episode"):
         FewShotClassifier.load(folder)
+
+
+def test_a_model_whose_inner_loop_adapts_all_weights_is_refused(tmp_path: Path) -> None:
+    MetaTraining(tiny.MAML, None, tmp_path / "run", **tiny.splits()).run()
+    with pytest.raises(InputError, match=r"its inner loop adapts all weights .* fits the head alone"):
+        FewShotClassifier.load(tmp_path / "run")

@@ -221,6 +221,14 @@ def test_models_that_do_not_fit_are_named(data: Path, runs: Path, tmp_path: Path
     refuses(
         meta_train(runs / "pre", "--meta.hard-tasks-per-round=3"), "--meta.hard-tasks-per-round is 3", "2"
     )
+    from_nothing = ["meta-train", "--output", str(tmp_path / "run"), f"--data.source={data}"]
+    refuses([*from_nothing, *META], "--pretrained is missing", "--preset maml")
+    refuses([*from_nothing, "--preset=maml", "--meta.learn=head"], "inner.adapt is 'all'", "set meta.learn")
+    refuses(
+        ["evaluate", "--checkpoint", str(runs / "meta"), "--adapt=all", *TEST],
+        "inner.adapt is 'all'",
+        keeps=(runs,),
+    )
     assert not (tmp_path / "run").exists()
     cut = tmp_path / "cut.safetensors"
     payload = (runs / "pre" / "model.safetensors").read_bytes()

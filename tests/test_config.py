@@ -13,6 +13,7 @@ import pytest
 
 from mtl_fast.config import PRESETS, Config, DataConfig, EncoderConfig, MetaConfig, preset
 from mtl_fast.errors import InputError
+from mtl_fast.training.meta_train import check_rounds
 
 # The recipe `paper`, number by number.
 PAPER = {
@@ -38,10 +39,12 @@ PAPER = {
     "episodes.n_shot": 1,
     "episodes.n_query": 15,
     "episodes.n_query_train": None,
+    "inner.adapt": "head",
     "inner.lr": 0.05,
     "inner.train_steps": 20,
     "inner.test_steps": 100,
     "inner.order": "second",
+    "inner.checkpoint": False,
     "meta.learn": "scale_shift",
     "meta.last_block_only": False,
     "meta.granularity": "kernel",
@@ -63,6 +66,24 @@ PAPER = {
     "evaluation.split": "test",
     "evaluation.mirror_support": False,
 }
+
+# What `maml` changes; `maml-deep` keeps the network of `paper`.
+MAML = {
+    "inner.adapt": "all",
+    "inner.lr": 0.01,
+    "inner.train_steps": 5,
+    "inner.test_steps": 10,
+    "meta.learn": "weights",
+    "meta.norm": "episode",
+    "meta.lr_floor": 1e-3,  # as high as the rates: no decay
+    "meta.tasks_per_update": 4,
+    "meta.n_tasks": 4 * 60_000,
+    "meta.hard": "none",
+    "meta.random_tasks_per_round": 24,
+    "meta.hard_tasks_per_round": 12,
+}
+CONV4 = {"encoder.name": "conv4", "encoder.widths": (32,), "encoder.dropout": 0.0}
+DEEP = {"inner.checkpoint": True, "meta.images_per_chunk": 80}
 
 
 def setting(config: Config, name: str) -> Any:
@@ -94,6 +115,36 @@ def test_every_number_of_the_recipe_is_pinned() -> None:
     assert named - set(PAPER) == where | {"meta.head_init", "meta.validate_every"}
     assert Config() == preset("paper")
     assert Config().seed == 0
+
+
+@pytest.mark.parametrize(("name", "changes"), [("maml", MAML | CONV4), ("maml-deep", MAML | DEEP)])
+def test_the_recipes_of_maml_number_by_number(name: str, changes: dict[str, Any]) -> None:
+    for key, value in (PAPER | changes).items():
+        assert setting(preset(name), key) == value, key
+
+
+def test_maml_on_the_embedded_benchmark_differs_in_data_and_length_only() -> None:
+    glyphs, maml = preset("glyphs-maml"), preset("maml")
+    assert glyphs.data == preset("glyphs").data
+    assert glyphs.episodes == preset("glyphs").episodes
+    same_length = {key: getattr(maml.meta, key) for key in ("n_tasks", "validation_tasks", "validate_every")}
+    assert (
+        replace(glyphs, data=maml.data, episodes=maml.episodes, meta=replace(glyphs.meta, **same_length))
+        == maml
+    )
+
+
+@pytest.mark.parametrize("name", ["maml", "maml-deep", "glyphs-maml"])
+def test_hard_tasks_of_maml_divide_into_updates(name: str) -> None:
+    check_rounds(replace(preset(name).meta, hard="resample"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learn": "scale_shift"}, {"learn": "head"}, {"last_block_only": True}], ids=str
+)
+def test_an_inner_loop_of_all_weights_learns_where_all_start(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"inner\.adapt is 'all': .* set meta\.learn to weights"):
+        replace(preset("maml"), meta=replace(preset("maml").meta, **changes))
 
 
 def test_the_embedded_recipes_are_one_family() -> None:
@@ -174,6 +225,7 @@ def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: st
         ("inner.lr", 0.0, "inner.lr is 0.0; it must be positive"),
         ("inner.train_steps", -1, "inner.train_steps is -1; it must be at least 0"),
         ("inner.test_steps", -1, "inner.test_steps is -1"),
+        ("inner.adapt", "everything", "inner.adapt is 'everything'; choose one of: head, all"),
         ("inner.order", "third", "inner.order is 'third'; choose one of: first, second"),
         ("meta.lr", -1e-3, "meta.lr is -0.001; it must be at least 0 and finite"),
         ("meta.head_lr", math.nan, "meta.head_lr is nan"),

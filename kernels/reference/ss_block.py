@@ -10,6 +10,7 @@ from torch import Tensor
 from ..contracts import BlockOutput, ConvOperands, Epilogue, Normalised
 from .episode_norm import episode_norm
 from .ss_conv import ss_conv
+from .task_conv import task_conv
 
 
 def ss_block(
@@ -23,17 +24,23 @@ def ss_block(
     fold: bool,
     convolve: Callable[..., Tensor] = ss_conv,
     normalise: Callable[..., Normalised] = episode_norm,
+    layer_by_task: Callable[..., BlockOutput] = task_conv,
 ) -> BlockOutput:
     """[N, I, H, W] → [N, O, H', W']; see `mtl_fast.ops.ss_block`.
 
-    `convolve` computes its convolutions, `normalise` their batch statistics and what follows.
+    `convolve` computes its convolutions, `normalise` their batch statistics and what follows; `layer_by_task` both,
+    where each task has weights of its own.
     """
-    statistics = []
+    statistics: list[tuple[Tensor, Tensor, Tensor]] = []
     if mask is not None:
         # A masked image may hold NaN, and a weight's gradient would be 0·NaN.
         x = x.where(mask.view(-1, 1, 1, 1), 0)
 
     def layer(z: Tensor, conv: ConvOperands, after: Epilogue, residual: Tensor | None = None) -> Tensor:
+        if conv.filters.by_task:
+            own = layer_by_task(z, conv, n_groups=n_groups, epilogue=after, residual=residual)
+            statistics.extend(own.statistics)
+            return own.output
         if conv.norm is None or n_groups == 0:
             return convolve(z, conv, epilogue=after, residual=residual, fold=fold)
         z = convolve(z, conv.without_norm(), epilogue=Epilogue(), residual=None, fold=False)

@@ -4,7 +4,6 @@ from .adapt import adapt_and_predict
 from .evaluate import (
     DistinctImages,
     EmbeddedEpisodes,
-    Evaluation,
     accuracy_by_step,
     distinct_images,
     embed_episodes,
@@ -14,18 +13,22 @@ from .evaluate import (
     fit_and_predict,
     fit_and_score,
 )
+from .inner_loops import WholeNetworkEngine, evaluate_all_weights
 from .ranks import ALONE, Ranks, join
-from .step import EpisodicEngine, Preprocess, StepOutput
+from .scores import Evaluation
+from .step import Engine, EpisodicEngine, Preprocess, StepOutput
 
 __all__ = [
     "ALONE",
     "DistinctImages",
     "EmbeddedEpisodes",
+    "Engine",
     "EpisodicEngine",
     "Evaluation",
     "Preprocess",
     "Ranks",
     "StepOutput",
+    "WholeNetworkEngine",
     "accuracy_by_step",
     "adapt_and_predict",
     "distinct_images",
@@ -33,6 +36,7 @@ __all__ = [
     "embed_rows",
     "embedded_parts",
     "evaluate",
+    "evaluate_all_weights",
     "fit_and_predict",
     "fit_and_score",
     "join",

@@ -1,10 +1,10 @@
-"""Evaluation: each distinct image embedded once, heads of many tasks fitted together."""
+"""Evaluation: each distinct image embedded once, heads (or whole networks) of many tasks fitted together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,14 @@ from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner, query_logits_by_step
+from .inner_loops import evaluate_all_weights
 from .ranks import ALONE, Ranks
-from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
+from .scores import Evaluation, gathered, joined, scored, tasks_per_chunk, with_mirrored
+from .step import NormMode, Preprocess, require_evaluation_mode
+
+Adapt = Literal["head", "all"]
 
 _LOGITS_IN_FLIGHT = 2**24  # numbers that `accuracy_by_step` holds at a time
-
-
-class Evaluation(NamedTuple):
-    """Query accuracy of each task [T] and of its classes [T, n_way]; predicted label of each query [T, m]."""
-
-    accuracy: Tensor
-    class_accuracy: Tensor
-    predictions: Tensor
 
 
 @torch.no_grad()
@@ -197,13 +193,8 @@ def embedded_parts(
     require_evaluation_mode(encoder)
     with torch.no_grad():
         weights = encoder.refresh(fold=False)
-    for part in episodes.chunks(_tasks_per_chunk(episodes, images_per_chunk, mirror_support)):
+    for part in episodes.chunks(tasks_per_chunk(episodes, images_per_chunk, mirror_support)):
         yield _embed_apart(encoder, weights, store, part, preprocess, mirror_support)
-
-
-def _tasks_per_chunk(episodes: Episodes, images_per_chunk: int, mirror_support: bool) -> int:
-    n_images = episodes.support.shape[1] * (1 + mirror_support) + episodes.query.shape[1]
-    return max(1, images_per_chunk // n_images)
 
 
 @torch.no_grad()
@@ -218,9 +209,7 @@ def _embed_apart(
     """Embeds each task's two splits for it alone, with their own batch statistics."""
     support, mirrored, query = episodes.support, None, episodes.query
     if mirror_support:
-        n = support.shape[1]
-        mirrored = (torch.arange(2 * n, device=support.device) >= n).repeat(episodes.n_tasks)
-        support = support.repeat(1, 2)
+        support, mirrored = with_mirrored(support)
     dtype = next(encoder.parameters()).dtype
     features = [
         encoder.embed(
@@ -284,16 +273,7 @@ def fit_and_score(
         tasks_per_batch=tasks_per_batch,
         backend=backend,
     )
-    by_class = class_accuracy(logits, own.episodes.query_labels, own.episodes.n_way)
-    scores = Evaluation(by_class.mean(dim=1), by_class, logits.argmax(dim=-1))
-    return _gathered(scores, n_tasks, ranks, tasks_per_batch)
-
-
-def _gathered(own: Evaluation, n_tasks: int, ranks: Ranks, by: int) -> Evaluation:
-    """The scores of each rank's `share(n_tasks, by)` in the order of the tasks."""
-    whole = Evaluation(*(ranks.spread(column, n_tasks, by) for column in own))
-    ranks.sum_(whole)
-    return whole
+    return gathered(scored(own.episodes, logits), n_tasks, ranks, tasks_per_batch)
 
 
 @torch.no_grad()
@@ -341,13 +321,14 @@ def evaluate(
     inner_lr: float,
     inner_steps: int,
     norm: NormMode = "frozen",
+    adapt: Adapt = "head",
     mirror_support: bool = False,
     tasks_per_batch: int = 100,
     images_per_chunk: int = 256,
     backend: str = "auto",
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Fits θ on each task's support set and scores its query set.
+    """Fits θ, or the whole network, on each task's support set and scores its query set.
 
     With `frozen` or `running` norm every distinct image of the episodes is embedded once, whatever their
     number; `episode` norm depends on the task, so there each task's two splits are embedded for it alone.
@@ -360,10 +341,11 @@ def evaluate(
         preprocess: as in training.
         inner_lr, inner_steps: of the base-learner at test time.
         norm: as in training.
+        adapt: what the inner loop fits: ``head``, or ``all`` weights (then see `evaluate_all_weights`).
         mirror_support: the support set holds each of its images mirrored as well. `inner_lr` is against the mean
             loss of them all.
         tasks_per_batch: heads fitted together.
-        images_per_chunk: images embedded together (`episode`: as many whole tasks as fit, at least one).
+        images_per_chunk: images embedded together (`episode` and `all`: as many whole tasks as fit, at least one).
         backend: of the base-learner.
         ranks: the processes that share out the work, in whole chunks and batches: the result on each is, to the
             bit, that of one.
@@ -371,21 +353,24 @@ def evaluate(
     Raises:
         ValueError: the encoder is in training mode and has dropout.
     """
+    embed: dict[str, Any] = {"mirror_support": mirror_support, "images_per_chunk": images_per_chunk}
+    if adapt == "all":
+        parts: tuple[Any, ...] = (encoder, head, store, episodes, preprocess)
+        options: dict[str, Any] = {"inner_lr": inner_lr, "n_steps": [inner_steps], "norm": norm, **embed}
+        return evaluate_all_weights(*parts, **options, ranks=ranks)[0]
     fit: dict[str, Any] = {
         "inner_lr": inner_lr,
         "inner_steps": inner_steps,
         "tasks_per_batch": tasks_per_batch,
         "backend": backend,
     }
-    embed: dict[str, Any] = {"mirror_support": mirror_support, "images_per_chunk": images_per_chunk}
     if norm != "episode":
         embedded = embed_episodes(encoder, store, episodes, preprocess, ranks=ranks, **embed)
         return fit_and_score(embedded, head, ranks=ranks, **fit)
-    by = _tasks_per_chunk(episodes, images_per_chunk, mirror_support)
+    by = tasks_per_chunk(episodes, images_per_chunk, mirror_support)
     own = episodes[ranks.share(episodes.n_tasks, by)]
-    parts = [
+    found = [
         fit_and_score(part, head, **fit)
         for part in embedded_parts(encoder, store, own, preprocess, norm=norm, **embed)
     ]
-    joined = Evaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return _gathered(joined, episodes.n_tasks, ranks, by)
+    return gathered(joined(found), episodes.n_tasks, ranks, by)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -87,8 +88,8 @@ def _warn_of_what_cancels(encoder: Encoder, norm: NormMode) -> None:
 
 
 @dataclass
-class EpisodicEngine:
-    """Runs episodes through encoder and base-learner and accumulates the meta-gradients.
+class Engine(ABC):
+    """Runs episodes through encoder and inner loop and accumulates the meta-gradients; a subclass is an inner loop.
 
     The gradient is that of the mean query loss over the step's tasks and reaches whatever parameters of
     encoder and head require one: Φ (scaling and shifting), or the weights themselves (fine-tuning), and θ.
@@ -97,11 +98,10 @@ class EpisodicEngine:
     Attributes:
         encoder, head: Θ with Φ, in evaluation mode, and θ.
         store, preprocess: where the images come from.
-        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages, query first.
+        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages.
         order: ``first`` treats θ' as θ minus constants; ``second`` differentiates through all inner steps.
         inner_lr, inner_steps: β and T of the inner loop.
         images_per_chunk: bounds the images in flight; a chunk is as many whole tasks as fit, at least one.
-        backend: of the base-learner.
         ranks: the processes among which the tasks of a step are shared out; all have the same parameters.
     """
 
@@ -114,7 +114,6 @@ class EpisodicEngine:
     inner_lr: float = 0.05
     inner_steps: int = 20
     images_per_chunk: int | None = None
-    backend: str = "auto"
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
@@ -122,8 +121,6 @@ class EpisodicEngine:
             raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
         if self.order not in ("first", "second"):
             raise ValueError(f"order: {self.order!r} is neither first nor second")
-        if self.norm != "frozen" and self.ranks.first:
-            _warn_of_what_cancels(self.encoder, self.norm)
 
     def step(self, episodes: Episodes) -> StepOutput:
         """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back.
@@ -168,10 +165,57 @@ class EpisodicEngine:
             self.encoder.update_running(statistics)
         return logits
 
+    @property
+    @abstractmethod
+    def _n_passes(self) -> int:
+        """How many groups of images of each task move the running averages."""
+
+    @abstractmethod
     def _logits(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
     ) -> tuple[Tensor, Statistics]:
         """`query_logits`, and the statistics that move the running averages: none but with that norm."""
+
+    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
+        return self.encoder.refresh(fold=self.norm == "frozen")
+
+    def _in_task_order(self, parts: list[Statistics], n_tasks: int) -> Statistics:
+        """Statistics of this rank's tasks, chunk after chunk → at their place among those of all tasks."""
+        whole = []
+        for i, norm in enumerate(self.encoder.norms()):
+            nothing = norm.running_mean.new_empty(0, len(norm.running_mean))
+            layer = [(nothing, nothing, nothing[:, 0]), *(part[i] for part in parts)]
+            # Some groups a task, [k·P, …] → [k, P, …] → [T·P, …]
+            mean, var, count = (
+                self.ranks.spread(torch.cat(column).unflatten(0, (-1, self._n_passes)), n_tasks).flatten(0, 1)
+                for column in zip(*layer, strict=True)
+            )
+            whole.append((mean, var, count))
+        return whole
+
+
+@dataclass
+class EpisodicEngine(Engine):
+    """The inner loop of MTL: the head alone is fitted, on features that the encoder gives once.
+
+    Attributes:
+        backend: of the base-learner; the others are `Engine`'s. `running` averages take the query split first.
+    """
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm != "frozen" and self.ranks.first:
+            _warn_of_what_cancels(self.encoder, self.norm)
+
+    @property
+    def _n_passes(self) -> int:
+        return 2
+
+    def _logits(
+        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
+    ) -> tuple[Tensor, Statistics]:
         support, query, statistics = self._embed(episodes, weights)
         logits = base_learner(
             support.unflatten(0, (episodes.n_tasks, -1)),
@@ -185,9 +229,6 @@ class EpisodicEngine:
             backend=self.backend,
         )
         return logits, statistics
-
-    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
-        return self.encoder.refresh(fold=self.norm == "frozen")
 
     def _embed(
         self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
@@ -213,17 +254,3 @@ class EpisodicEngine:
             return support, query, []
         # In task order, each task's query split before its support split.
         return support, query, interleave(query_statistics, support_statistics)
-
-    def _in_task_order(self, parts: list[Statistics], n_tasks: int) -> Statistics:
-        """Statistics of this rank's tasks, chunk after chunk → at their place among those of all tasks."""
-        whole = []
-        for i, norm in enumerate(self.encoder.norms()):
-            nothing = norm.running_mean.new_empty(0, len(norm.running_mean))
-            layer = [(nothing, nothing, nothing[:, 0]), *(part[i] for part in parts)]
-            # Two groups a task, [2·k, …] → [k, 2, …] → [2·T, …]
-            mean, var, count = (
-                self.ranks.spread(torch.cat(column).unflatten(0, (-1, 2)), n_tasks).flatten(0, 1)
-                for column in zip(*layer, strict=True)
-            )
-            whole.append((mean, var, count))
-        return whole

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
+from ..ops import _check
 from ..ops.episode_norm import episode_norm
 from ..ops.ss_conv import ss_conv
+from ..ops.task_conv import task_conv
 
 
 def normalised_conv(
@@ -33,6 +35,9 @@ def normalised_conv(
     Returns:
         (output [N, O, H', W'], statistics): one (mean, var, count) triple, none with stored statistics.
     """
+    if conv.filters.by_task:
+        _check.by_task_alone(mask, gather)
+        return task_conv(x, conv, n_groups=n_groups, epilogue=epilogue, backend=backend)
     if n_groups == 0:
         return BlockOutput(ss_conv(x, conv, epilogue=epilogue, fold=fold, backend=backend), ())
     z = ss_conv(x, conv.without_norm(), backend=backend)

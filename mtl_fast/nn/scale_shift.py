@@ -142,9 +142,11 @@ class ScaleShiftConv2d(nn.Module):
         # A weight that trains keeps nothing derived from it, so that freezing it again starts afresh.
         stale = kept is not None and self.weight.requires_grad and kept.derived
         if kept is None or kept.weight is not self.weight or kept.bias is not self.bias or stale:
-            kept = self._filters = FrozenFilters(
+            kept = FrozenFilters(
                 self.weight, self.bias, self.stride, self._inner_padding, self.dilation, self.groups
             )
+            # Weights of each task's own last for one call.
+            self._filters = None if kept.by_task else kept
         return kept
 
     def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:
@@ -223,11 +225,9 @@ def _divided(
     return inner, (*columns, *rows)
 
 
-def interleave(
-    first: list[tuple[Tensor, Tensor, Tensor]], second: list[tuple[Tensor, Tensor, Tensor]]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per layer, the statistics of two splits in task order: both of task 0, both of task 1, …"""
+def interleave(*passes: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per layer, the statistics of some passes in task order: all of task 0, all of task 1, …"""
     return [
-        tuple(torch.stack((a, b), dim=1).flatten(0, 1) for a, b in zip(one, two, strict=True))  # type: ignore[misc]
-        for one, two in zip(first, second, strict=True)
+        tuple(torch.stack(values, dim=1).flatten(0, 1) for values in zip(*layer, strict=True))  # type: ignore[misc]
+        for layer in zip(*passes, strict=True)
     ]

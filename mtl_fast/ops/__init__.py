@@ -16,6 +16,7 @@ from .episode_norm import episode_norm
 from .images import images
 from .ss_block import ss_block
 from .ss_conv import ss_conv
+from .task_conv import task_conv
 
 __all__ = [
     "BlockOutput",
@@ -32,5 +33,6 @@ __all__ = [
     "images",
     "ss_block",
     "ss_conv",
+    "task_conv",
     "why",
 ]

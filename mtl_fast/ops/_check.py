@@ -45,9 +45,46 @@ def operands(name: str, conv: ConvOperands) -> None:
             )
 
 
+def task_operands(name: str, conv: ConvOperands, x: tuple[int, ...], n_groups: int) -> None:
+    """Weights of each task's own fit each other, images of shape `x` and the kind of statistics."""
+    weight, norm = conv.filters.weight, conv.norm
+    if weight.dim() != 5 or 0 in weight.shape:
+        raise ValueError(f"{name}.filters.weight: expected [T, O, I/groups, k, k], got {tuple(weight.shape)}")
+    if conv.scale is not None or conv.shift is not None:
+        raise ValueError(f"{name}: a weight of each task's own takes no scale and shift")
+    n_tasks, n_out = weight.shape[:2]
+    if n_groups not in (0, n_tasks):
+        raise ValueError(
+            f"n_groups: {n_groups} with the weights of {n_tasks} tasks; give 0 (stored statistics) or {n_tasks}"
+        )
+    groups(x[0], n_tasks, None)
+    channels(name, x, conv)
+    vectors: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "filters.bias": (conv.filters.bias, (n_tasks, n_out))
+    }
+    if norm is not None:
+        vectors |= {f"norm.{key}": (getattr(norm, key), (n_tasks, n_out)) for key in ("weight", "bias")}
+        vectors |= {f"norm.{key}": (getattr(norm, key), (n_out,)) for key in ("mean", "var")}
+    for key, (vector, shape) in vectors.items():
+        if vector is not None and tuple(vector.shape) != shape:
+            raise ValueError(
+                f"{name}.{key}: shape {tuple(vector.shape)} does not fit weight {tuple(weight.shape)}; "
+                f"expected {shape}"
+            )
+    if n_groups == 0:
+        stored_norm(name, conv)
+
+
+def by_task_alone(mask: Tensor | None, gather: object) -> None:
+    """What layers with weights of each task's own do not have."""
+    for name, given in (("mask", mask), ("gather", gather)):
+        if given is not None:
+            raise ValueError(f"{name}: weights of each task's own take none")
+
+
 def channels(name: str, x: tuple[int, ...], conv: ConvOperands) -> None:
     """Images of shape `x` have the convolution's input channels."""
-    expected = conv.filters.weight.shape[1] * conv.filters.groups
+    expected = conv.filters.weight.shape[-3] * conv.filters.groups
     if x[1] != expected:
         raise ValueError(
             f"{name}: images {tuple(x)} have {x[1]} channels, weight "
@@ -61,7 +98,7 @@ def output_shape(x: tuple[int, ...], filters: FrozenFilters) -> tuple[int, int, 
         (value, value) if isinstance(value, int) else value
         for value in (filters.stride, filters.padding, filters.dilation)
     )
-    n_out, _, *taps = filters.weight.shape
+    n_out, _, *taps = filters.weight.shape[-4:]
     height, width = (
         (x[2 + i] + 2 * padding[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     )

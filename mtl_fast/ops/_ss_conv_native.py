@@ -52,7 +52,7 @@ def runs(
     if not can:
         return False, reason
     for conv in convs:
-        if refusal := _geometry(conv.filters):
+        if refusal := geometry(conv.filters):
             return False, refusal
         if conv.norm is not None and not fold:
             return False, "fold=False asks for the bits of a convolution followed by its norm"
@@ -61,9 +61,9 @@ def runs(
     return True, reason
 
 
-def _geometry(filters: FrozenFilters) -> str | None:
+def geometry(filters: FrozenFilters) -> str | None:
     """What about the geometry the native kernel does not have."""
-    side = tuple(filters.weight.shape[2:])
+    side = tuple(filters.weight.shape[-2:])
     if side not in ((1, 1), (3, 3)):
         return f"taps of {side[0]}×{side[1]}; the native kernel has 3×3 and 1×1"
     for name, value in (("stride", filters.stride), ("dilation", filters.dilation)):
@@ -71,7 +71,7 @@ def _geometry(filters: FrozenFilters) -> str | None:
             return f"{name} {value}; the native kernel has {name} 1"
     if filters.groups != 1:
         return f"groups {filters.groups}; the native kernel has one group"
-    if not 0 <= _padding(filters) < side[0]:
+    if not 0 <= side_padding(filters) < side[0]:
         return f"padding {filters.padding}; the native kernel has 0..{side[0] - 1}, the same on all sides"
     return None
 
@@ -104,7 +104,7 @@ def ss_conv(
         ratio,
         shift,
         residual,
-        _padding(conv.filters),
+        side_padding(conv.filters),
         ACTIVATIONS.index(epilogue.activation),
         epilogue.slope,
         epilogue.pool,
@@ -127,7 +127,7 @@ def packed(filters: FrozenFilters) -> tuple[Tensor, Tensor]:
     return taps, rotated
 
 
-def _padding(filters: FrozenFilters) -> int:
+def side_padding(filters: FrozenFilters) -> int:
     """The padding, −1 where it differs between the sides."""
     if isinstance(filters.padding, int):
         return filters.padding

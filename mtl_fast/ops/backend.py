@@ -13,7 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-OPERATIONS = ("ss_conv", "ss_block", "effective_weights", "base_learner", "episode_norm", "images")
+OPERATIONS = (
+    "ss_conv",
+    "ss_block",
+    "task_conv",
+    "effective_weights",
+    "base_learner",
+    "episode_norm",
+    "images",
+)
 ENVIRONMENT_VARIABLE = "MTL_FAST_BACKEND"
 
 Predicate = Callable[..., tuple[bool, str]]

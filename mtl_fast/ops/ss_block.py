@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..kernels.reference import episode_norm as reference_norm
 from ..kernels.reference import ss_block as reference
 from . import _check, _episode_norm_native, _ss_conv_native
 from .backend import choose, register
+from .task_conv import task_conv
 
 
 def _native_runs(
@@ -59,7 +60,8 @@ def ss_block(
 
     Args:
         x: [N, I, H, W] floating.
-        convs: the block's convolutions, in order (three in ResNet-12).
+        convs: the block's convolutions, in order (three in ResNet-12); where each task has weights of its own,
+            every layer is a `task_conv`.
         shortcut: the 1×1 convolution (with its norm, if any) on the residual path; None is the identity.
         epilogue: activation and pooling of the block's end.
         n_groups: 0 uses the norms' stored statistics; g ≥ 1 those of g groups of images (`episode_norm`).
@@ -77,11 +79,24 @@ def ss_block(
         TypeError: a mask that is not bool.
     """
     _check.images_4d("x", x)
+    if not convs:
+        raise ValueError("convs: a block needs at least one convolution")
+    if convs[0].filters.by_task:
+        _check.by_task_alone(mask, gather)
+        layer = partial(task_conv, backend=backend)
+        return reference.ss_block(
+            x,
+            convs,
+            shortcut,
+            epilogue=epilogue,
+            n_groups=n_groups,
+            mask=None,
+            fold=fold,
+            layer_by_task=layer,
+        )
     named = [(f"convs[{i}]", conv) for i, conv in enumerate(convs)]
     if shortcut is not None:
         named.append(("shortcut", shortcut))
-    if not convs:
-        raise ValueError("convs: a block needs at least one convolution")
     for name, conv in named:
         _check.operands(name, conv)
         if n_groups == 0:
@@ -118,7 +133,7 @@ def ss_block(
     if choice.backend == "native":
         options = {"convolve": _ss_conv_native.ss_conv, "normalise": _episode_norm_native.episode_norm}
     if gather is not None:
-        options["normalise"] = functools.partial(reference_norm.episode_norm, gather=gather)
+        options["normalise"] = partial(reference_norm.episode_norm, gather=gather)
     return reference.ss_block(
         x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold, **options
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import Config, preset
-from ..engine.evaluate import Evaluation
+from ..engine.scores import Evaluation
 from ..episodes import Episodes
 from ..errors import InputError
 from . import report

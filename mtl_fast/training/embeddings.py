@@ -83,6 +83,11 @@ def embed_split(
             f"{model.path}: its norm takes the statistics of each task, so an image has no features of its own; "
             "evaluate it with --checkpoint"
         )
+    if model.head is not None and model.config.inner.adapt == "all":
+        raise InputError(
+            f"{model.path}: its inner loop adapts all weights, so an image has other features in each task; evaluate "
+            "it with --checkpoint"
+        )
     images = split_for(model, data, split).to(target)
     rows, preprocess = torch.arange(images.n_images, device=target), preprocess_of(model.config)
     features = embed_rows(model.encoder, images, rows, preprocess)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import Config, EvaluationConfig
 from ..data.store import ClassIndex, ImageStore
-from ..engine.evaluate import Evaluation, evaluate
+from ..engine.evaluate import Adapt, evaluate
 from ..engine.ranks import ALONE, Ranks
+from ..engine.scores import Evaluation
 from ..episodes import Episodes, EpisodeSampler
 from ..errors import InputError
 from ..random_streams import RandomStreams
@@ -96,6 +97,7 @@ def score(
         inner_lr=config.inner.lr,
         inner_steps=config.inner.test_steps,
         norm=model.norm,
+        adapt=config.inner.adapt,
         mirror_support=config.evaluation.mirror_support,
         ranks=ranks,
     )
@@ -112,6 +114,7 @@ def evaluate_model(
     n_query: int | None = None,
     inner_steps: int | None = None,
     inner_lr: float | None = None,
+    adapt: Adapt | None = None,
     head: HeadStart = "learned",
     by_step: bool = False,
     evaluation: EvaluationConfig | None = None,
@@ -131,6 +134,7 @@ def evaluate_model(
         data: another source of images than the one trained on. They are brought to the model's size, and normalised
             as in its training.
         n_way, n_shot, n_query, inner_steps, inner_lr: of the test.
+        adapt: what the inner loop moves, the ``head`` or ``all`` weights of the network.
         head: ``zeros`` fits fresh heads though there is a meta-learned one.
         by_step: accuracy after each step of the inner loop, too.
         evaluation: number of tasks, split, mirrored support. Embeddings stay of the split that they were made of.
@@ -146,7 +150,8 @@ def evaluate_model(
         The score of all tasks, or of the shard's.
 
     Raises:
-        InputError: no such model; a head of another n_way; images of another size; a split with too few classes
+        InputError: no such model; a head of another n_way; all weights to adapt of a model that learned something
+            else, or of features; images of another size; a split with too few classes
             or images; an output that cannot be written, or holds pieces of another test or, without `resume`, of any.
     """
     own = Shard() if shard is None else Shard.parse(shard)
@@ -158,7 +163,7 @@ def evaluate_model(
         raise InputError(
             "--resume and --shard are for one process; with torchrun the processes share out the tasks"
         )
-    changes = Changes(n_way, n_shot, n_query, inner_steps, inner_lr, evaluation, seed, device)
+    changes = Changes(n_way, n_shot, n_query, inner_steps, inner_lr, adapt, evaluation, seed, device)
     with ranks.together():
         target = device_of(Config(device=device)) if ranks.device is None else ranks.device
         subject = _subject(checkpoint, embeddings, changes, target, data=data, head=head)

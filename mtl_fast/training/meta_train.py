@@ -13,8 +13,9 @@ from torch import Tensor
 from ..config import Config, MetaConfig
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
+from ..engine.inner_loops import WholeNetworkEngine
 from ..engine.ranks import ALONE, Ranks
-from ..engine.step import EpisodicEngine
+from ..engine.step import Engine, EpisodicEngine
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
 from . import checkpoint
@@ -22,6 +23,7 @@ from .logging import RunLog
 from .models import (
     Model,
     architecture,
+    build_encoder,
     facts_of,
     fingerprint,
     learnable,
@@ -43,7 +45,7 @@ class MetaTraining(Phase):
 
     Args:
         config: settings.
-        pretrained: the pre-trained model.
+        pretrained: the pre-trained model; None starts from random weights, where that makes sense.
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
@@ -56,7 +58,7 @@ class MetaTraining(Phase):
     def __init__(
         self,
         config: Config,
-        pretrained: Model,
+        pretrained: Model | None,
         output: str | Path,
         *,
         resume: bool = False,
@@ -71,22 +73,30 @@ class MetaTraining(Phase):
     def _prepare(
         self,
         config: Config,
-        pretrained: Model,
+        pretrained: Model | None,
         train: ImageStore | None,
         val: ImageStore | None,
         ranks: Ranks,
     ) -> None:
         check_rounds(config.meta)
+        if pretrained is None:
+            check_random_start(config.meta)
         super().__init__(config, train, val, ranks)
         self.meta = config.meta
-        checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
-        check_normalisation(config, pretrained)
-        check_statistics(config.meta, pretrained)
-        self.encoder = pretrained.encoder.to(self.device)
+        if pretrained is None:
+            initial = self.streams.stream("initial")
+            self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
+        else:
+            wanted = architecture(config, self.image_size)
+            checkpoint.check_architecture(pretrained.meta, wanted, pretrained.path)
+            check_normalisation(config, pretrained)
+            check_statistics(config.meta, pretrained)
+            self.encoder = pretrained.encoder
+        self.encoder.to(self.device)
         self.inputs = {
             "train": facts_of(self.train),
             "val": facts_of(self.val),
-            "pretrained": fingerprint(weights_of(self.encoder)),
+            "pretrained": None if pretrained is None else fingerprint(weights_of(self.encoder)),
         }
         self.head = new_head(config, self.encoder, self.streams).to(self.device)
         self.moved = learnable(self.encoder, config)
@@ -102,22 +112,25 @@ class MetaTraining(Phase):
         self.pool: HardTaskPool | None = None
         if self.meta.hard != "none":
             self.pool = HardTaskPool(self.sampler, self.meta.hard, self.streams.stream("hard_tasks"))
-        self.engine = EpisodicEngine(
-            self.encoder,
-            self.head,
-            self.train,
-            self.preprocess,
-            norm=self.meta.norm,
-            order=config.inner.order,
-            inner_lr=config.inner.lr,
-            inner_steps=config.inner.train_steps,
-            images_per_chunk=self.meta.images_per_chunk,
-            ranks=ranks,
-        )
+        self.engine = self._new_engine(ranks)
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def _new_engine(self, ranks: Ranks) -> Engine:
+        inner, parts = self.config.inner, (self.encoder, self.head, self.train, self.preprocess)
+        options: dict[str, Any] = {
+            "norm": self.meta.norm,
+            "order": inner.order,
+            "inner_lr": inner.lr,
+            "inner_steps": inner.train_steps,
+            "images_per_chunk": self.meta.images_per_chunk,
+            "ranks": ranks,
+        }
+        if inner.adapt == "all":
+            return WholeNetworkEngine(*parts, **options, checkpoint=inner.checkpoint)
+        return EpisodicEngine(*parts, **options)
 
     def next_episodes(self) -> tuple[Episodes, bool]:
         """The tasks of the next update, and whether they are hard ones."""
@@ -172,6 +185,7 @@ class MetaTraining(Phase):
             inner_lr=inner.lr,
             inner_steps=inner.test_steps,
             norm=self.meta.norm,
+            adapt=inner.adapt,
             ranks=self.ranks,
         )
         mean, interval = mean_interval(result.accuracy)
@@ -220,6 +234,19 @@ def check_rounds(meta: MetaConfig) -> None:
                 f"--meta.{name.replace('_', '-')} is {value}, which is no positive multiple of "
                 f"--meta.tasks-per-update {meta.tasks_per_update}"
             )
+
+
+def check_random_start(meta: MetaConfig) -> None:
+    """Meta-training without a pre-trained network learns all weights, with batch statistics.
+
+    Raises:
+        InputError: it would learn only a part of a random network, or use statistics that nobody took.
+    """
+    if meta.learn != "weights" or meta.last_block_only or meta.norm != "episode":
+        raise InputError(
+            "--pretrained is missing: only --meta.learn weights of all blocks with --meta.norm episode starts from "
+            "random weights (such as --preset maml); `mtl-fast pretrain` makes a model file"
+        )
 
 
 def check_normalisation(config: Config, pretrained: Model) -> None:
@@ -299,13 +326,18 @@ def _adam(
 
 def meta_train(
     config: Config,
-    pretrained: str | Path,
+    pretrained: str | Path | None,
     output: str | Path,
     *,
     resume: bool = False,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Meta-trains from a pre-trained model file as `config` says; returns the model file. See `MetaTraining`."""
+    """Meta-trains from a pre-trained model file (None: from random weights) as `config` says; returns the model file.
+
+    See `MetaTraining`.
+    """
+    if pretrained is None:
+        return MetaTraining(config, None, output, resume=resume, ranks=ranks).run()
     with ranks.together():
         model = load_model(pretrained, kind="pretrained")
     # The network is the pre-trained one, whatever the recipe's default.

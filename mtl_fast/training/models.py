@@ -61,12 +61,17 @@ def build_encoder(
 
 
 def learnable(encoder: Encoder, config: Config) -> list[torch.nn.Parameter]:
-    """Freezes the encoder and opens what `config.meta.learn` names; returns those parameters."""
+    """Freezes the encoder and opens what `config.meta.learn` names; returns those parameters.
+
+    Where the inner loop adapts all weights, all have a start to learn, γ and β of the norms too.
+    """
     meta = config.meta
     encoder.eval()
     encoder.freeze()
     if meta.learn == "scale_shift":
         encoder.enable_scale_shift(meta.granularity, last_block_only=meta.last_block_only, shift=meta.shift)
+    elif config.inner.adapt == "all":
+        encoder.requires_grad_(True)
     for conv in encoder.convs(encoder.blocks()[-1] if meta.last_block_only else None):
         if meta.learn == "weights":
             conv.weight.requires_grad_(True)

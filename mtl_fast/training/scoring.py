@@ -24,9 +24,11 @@ from ..engine.evaluate import (
     embedded_parts,
     fit_and_score,
 )
+from ..engine.inner_loops import evaluate_all_weights
 from ..engine.ranks import ALONE, Ranks
 from ..episodes import Episodes
 from ..errors import InputError
+from ..nn import Encoder
 from .models import preprocess_of
 from .parts import Parts, Shard
 from .subject import Subject
@@ -84,7 +86,7 @@ class Scoring:
 
     def _on_ranks(self, starts: list[int]) -> dict[str, Tensor]:
         """Each rank's share of the parts, then those of all in the order of the tasks."""
-        if self.subject.norm != "episode":
+        if self._embeds_once:
             self._embedded  # noqa: B018 - an exchange: also a rank without a part takes part in it
         own = {start: self._score(start) for start in starts[self.ranks.share(len(starts))]}
         every = {start: piece for found in self.ranks.gather_objects(own) for start, piece in found.items()}
@@ -93,10 +95,12 @@ class Scoring:
     def _score(self, start: int) -> dict[str, Tensor]:
         tasks = slice(start, start + TASKS_PER_PART)
         encoder, store = self.subject.encoder, self.subject.store
-        if self.subject.norm != "episode":
+        if self._embeds_once:
             return self._scores(self._embedded[tasks])
         assert encoder is not None
         assert isinstance(store, ImageStore)
+        if self.subject.config.inner.adapt == "all":
+            return self._all_weights(encoder, store, self.episodes[tasks])
         parts = embedded_parts(
             encoder,
             store,
@@ -106,6 +110,30 @@ class Scoring:
             mirror_support=self.subject.config.evaluation.mirror_support,
         )
         return _joined(self._scores(embedded) for embedded in parts)
+
+    @property
+    def _embeds_once(self) -> bool:
+        """Whether an image has the same features in each task."""
+        return self.subject.norm != "episode" and self.subject.config.inner.adapt == "head"
+
+    def _all_weights(self, encoder: Encoder, store: ImageStore, episodes: Episodes) -> dict[str, Tensor]:
+        config = self.subject.config
+        n_steps = config.inner.test_steps
+        found = evaluate_all_weights(
+            encoder,
+            self.subject.head,
+            store,
+            episodes,
+            self.preprocess,
+            inner_lr=config.inner.lr,
+            n_steps=range(n_steps + 1) if self.by_step else [n_steps],
+            norm=self.subject.norm,
+            mirror_support=config.evaluation.mirror_support,
+        )
+        scores = {"task_accuracy": found[-1].accuracy.cpu()}
+        if self.by_step:
+            scores["accuracy_by_step"] = torch.stack([after.accuracy for after in found], dim=1).cpu()
+        return scores
 
     def _scores(self, embedded: EmbeddedEpisodes) -> dict[str, Tensor]:
         inner, head = self.subject.config.inner, self.subject.head

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import Config, EvaluationConfig
+from ..config import Config, EvaluationConfig, MetaConfig
 from ..data.features import FeatureStore
 from ..data.store import ImageStore
+from ..engine.evaluate import Adapt
 from ..engine.step import NormMode
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
@@ -31,6 +32,7 @@ class Changes:
     n_query: int | None = None
     inner_steps: int | None = None
     inner_lr: float | None = None
+    adapt: Adapt | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
     device: str = "auto"
@@ -39,10 +41,10 @@ class Changes:
         """The model's settings with these over them.
 
         Raises:
-            InputError: one is out of its range.
+            InputError: one is out of its range; all weights to adapt of a model that learned something else.
         """
         shape: dict[str, Any] = {"n_way": self.n_way, "n_shot": self.n_shot, "n_query": self.n_query}
-        inner: dict[str, Any] = {"lr": self.inner_lr, "test_steps": self.inner_steps}
+        inner: dict[str, Any] = {"lr": self.inner_lr, "test_steps": self.inner_steps, "adapt": self.adapt}
         return replace(
             config,
             episodes=replace(config.episodes, **{k: v for k, v in shape.items() if v is not None}),
@@ -111,10 +113,14 @@ def model_subject(
         head: ``zeros`` fits fresh heads though there is a meta-learned one.
 
     Raises:
-        InputError: no such model or data; a head of another n_way; a setting out of its range.
+        InputError: no such model or data; a head of another n_way; a setting out of its range; all weights to adapt
+            of a model that learned something else.
     """
     model = load_model(checkpoint, device=device)
-    config = changes.over(model.config)
+    config = model.config
+    if model.head is None:
+        config = replace(config, meta=nothing_learned(config.meta))
+    config = changes.over(config)
     start = head_for(model.head, config.episodes.n_way, model.encoder.feature_dim, head, str(checkpoint))
     store = split_for(model, data, config.evaluation.split)
     trained_on = model.config.data.source
@@ -130,11 +136,16 @@ def features_subject(
     """A file of features, with the settings of the model that made them.
 
     Raises:
-        InputError: as `model_subject`; mirrored support is asked for, and the file has no features of mirror images.
+        InputError: as `model_subject`; mirrored support is asked for, and the file has no features of mirror images;
+            all weights are to adapt, which needs images.
     """
+    if changes.adapt == "all":
+        raise InputError(
+            f"{file}: holds features, of which the head alone can adapt; --adapt all takes a model, --checkpoint"
+        )
     found = load_embeddings(file, device=device)
     split = found.meta.get("split", changes.evaluation.split)
-    changes = replace(changes, evaluation=replace(changes.evaluation, split=split))
+    changes = replace(changes, adapt="head", evaluation=replace(changes.evaluation, split=split))
     config = changes.over(found.config)
     if config.evaluation.mirror_support and found.store.mirrored is None:
         raise InputError(
@@ -144,6 +155,11 @@ def features_subject(
     width = found.store.features.shape[1]
     start = head_for(found.head, config.episodes.n_way, width, head, str(file))
     return Subject(str(file), config, found.store, None, "frozen", start.to(device), str(file))
+
+
+def nothing_learned(meta: MetaConfig) -> MetaConfig:
+    """Settings of meta-training for a model without any: its inner loop may adapt the head or all weights."""
+    return replace(meta, learn="weights", last_block_only=False)
 
 
 def head_for(

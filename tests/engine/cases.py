@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_fast.data.store import ImageStore
-from mtl_fast.engine import EpisodicEngine, Preprocess
+from mtl_fast.engine import Engine, EpisodicEngine, Preprocess, WholeNetworkEngine
 from mtl_fast.episodes import Episodes, EpisodeSampler
 from mtl_fast.nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
 from tests.nn.plain_networks import randomise
@@ -64,12 +64,24 @@ def make_engine(
         return EpisodicEngine(encoder, head, store, PREPROCESS, **options)
 
 
-def parameters(engine: EpisodicEngine) -> list[tuple[str, Tensor]]:
+def whole_engine(
+    store: ImageStore, kind: str = "conv4", *, n_way: int = 3, **options: Any
+) -> WholeNetworkEngine:
+    """All weights of a small plain network adapt and learn."""
+    encoder = make_encoder(kind, "head", options.pop("dtype", torch.float64))
+    encoder.requires_grad_(True)
+    dtype = next(encoder.parameters()).dtype
+    head = LinearHead(encoder.feature_dim, n_way, generator=torch.Generator().manual_seed(1)).to(dtype)
+    options = {"inner_lr": 0.05, "inner_steps": 3, **options}
+    return WholeNetworkEngine(encoder, head, store, PREPROCESS, **options)
+
+
+def parameters(engine: Engine) -> list[tuple[str, Tensor]]:
     named = [*engine.encoder.named_parameters(prefix="encoder"), *engine.head.named_parameters(prefix="head")]
     return [(name, p) for name, p in named if p.requires_grad]
 
 
-def gradients(engine: EpisodicEngine) -> dict[str, Tensor]:
+def gradients(engine: Engine) -> dict[str, Tensor]:
     """Clears and returns the gradients."""
     found = {}
     for name, parameter in parameters(engine):

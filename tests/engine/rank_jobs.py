@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl_fast.data.store import ImageStore
-from mtl_fast.engine import Ranks, evaluate, join
+from mtl_fast.engine import Engine, Ranks, evaluate, join
 from mtl_fast.episodes import EpisodeSampler, HardTaskPool
 from mtl_fast.errors import InputError
 from mtl_fast.kernels.contracts import ChannelNorm
@@ -24,7 +25,14 @@ from tests.training import tiny
 
 CPU = torch.device("cpu")
 TIMEOUT = 3.0  # seconds, of the ranks that are to find something out
-STEPS = [(*case, *n) for case in itertools.product(cases.NORMS, cases.ORDERS) for n in ((2, None), (5, 31))]
+STEPS = [
+    (*case, *n)
+    for case in [
+        *itertools.product(["head"], cases.NORMS, cases.ORDERS),
+        *itertools.product(["all"], cases.NORMS, ["second"]),
+    ]
+    for n in ((2, None), (5, 31))
+]
 N_BATCH = 7  # images of a pre-training batch
 
 
@@ -33,13 +41,16 @@ def store() -> ImageStore:
 
 
 def updates(
-    ranks: Ranks, norm: str, order: str, n_tasks: int, images_per_chunk: int | None
+    ranks: Ranks, adapt: str, norm: str, order: str, n_tasks: int, images_per_chunk: int | None
 ) -> dict[str, Any]:
     """An update on random tasks, the pool, and one on hard tasks; everything that has to be common afterwards."""
     images = store()
-    engine = cases.make_engine(
-        images, norm=norm, order=order, images_per_chunk=images_per_chunk, backend="torch", ranks=ranks
-    )
+    options: dict[str, Any] = {"norm": norm, "order": order, "images_per_chunk": images_per_chunk}
+    engine: Engine
+    if adapt == "all":
+        engine = cases.whole_engine(images, **options, ranks=ranks)
+    else:
+        engine = cases.make_engine(images, **options, backend="torch", ranks=ranks)
     engine.encoder.backend = "torch"
     streams = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     sampler = EpisodeSampler(images, 3, 2, 3, streams[0])
@@ -67,8 +78,9 @@ def evaluations(ranks: Ranks) -> dict[str, Tensor]:
     """Tests of 8 tasks in chunks and batches that do not divide."""
     images = store()
     found = {}
-    for norm in cases.NORMS:
-        engine = cases.make_engine(images, norm=norm)
+    for adapt, norm in itertools.product(("head", "all"), cases.NORMS):
+        make: Callable[..., Engine] = cases.whole_engine if adapt == "all" else cases.make_engine
+        engine = make(images, norm=norm)
         result = evaluate(
             engine.encoder,
             engine.head,
@@ -78,11 +90,12 @@ def evaluations(ranks: Ranks) -> dict[str, Tensor]:
             inner_lr=0.1,
             inner_steps=4,
             norm=engine.norm,
+            adapt="all" if adapt == "all" else "head",
             tasks_per_batch=3,
             images_per_chunk=31,
             ranks=ranks,
         )
-        found |= {f"{norm} {name}": value for name, value in result._asdict().items()}
+        found |= {f"{adapt} {norm} {name}": value for name, value in result._asdict().items()}
     return found
 
 

@@ -254,3 +254,16 @@ def test_statistics_of_two_splits_interleave_in_task_order() -> None:
     assert torch.equal(n_values, 100 * mean.flatten())
     with pytest.raises(ValueError, match="zip"):
         interleave(split(0.0), [])
+
+
+def test_weights_of_each_task_last_for_one_call() -> None:
+    conv = ScaleShiftConv2d(2, 3, 3)
+    own = conv.weight.expand(4, *conv.weight.shape)
+    with torch.no_grad():
+        kept = conv.filters
+        conv_parameters, conv._parameters = conv._parameters, {**conv._parameters, "weight": own}
+        assert conv.filters.weight is own
+        assert conv.filters.by_task
+        conv._parameters = conv_parameters
+    assert conv._filters is None
+    assert conv.filters.weight is kept.weight

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mtl_fast.training.meta_train import MetaTraining
 from tests.training import tiny
 
 
@@ -22,4 +23,12 @@ def meta_trained(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder of a meta-training run with hard tasks that was left alone."""
     folder = tmp_path_factory.mktemp("meta-trained")
     tiny.meta_training(folder, pretrained).run()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def maml_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a meta-training run from random weights whose inner loop adapts all of them."""
+    folder = tmp_path_factory.mktemp("maml-trained")
+    MetaTraining(tiny.MAML, None, folder, **tiny.splits()).run()
     return folder

@@ -31,6 +31,7 @@ def in_float64() -> Iterator[None]:
     """Networks, heads and images of training in float64: equality to rounding is claimed there."""
     doubled: list[tuple[Any, str]] = [
         (meta_train_module, "new_head"),
+        (meta_train_module, "build_encoder"),
         (pretrain_module, "LinearHead"),
         (pretrain_module, "build_encoder"),
         (pretrain_module, "augmented"),
@@ -53,6 +54,10 @@ def phase(name: str, folder: Path, pretrained: str, resume: bool, ranks: Ranks) 
     """A phase on the tiny splits."""
     if name == "pretrain":
         return pretrain_module.Pretraining(tiny.CONFIG, folder, resume=resume, ranks=ranks, **tiny.splits())
+    if name == "maml":
+        return meta_train_module.MetaTraining(
+            tiny.MAML, None, folder, resume=resume, ranks=ranks, **tiny.splits()
+        )
     model = tiny.load_model(Path(pretrained))
     model.encoder.double()
     return meta_train_module.MetaTraining(CONFIG, model, folder, resume=resume, ranks=ranks, **tiny.splits())

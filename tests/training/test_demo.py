@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mtl_fast.config import Config, InnerConfig, preset
-from mtl_fast.engine.evaluate import Evaluation
+from mtl_fast.engine.scores import Evaluation
 from mtl_fast.episodes import Episodes, EpisodeSampler
 from mtl_fast.errors import InputError
 from mtl_fast.training import checkpoint

@@ -183,3 +183,11 @@ def test_a_norm_of_whole_tasks_has_no_features_of_one_image(
     with pytest.raises(InputError, match="takes the statistics of each task"):
         embed_split(tmp_path, tmp_path / "f.safetensors", device="cpu")
     assert replace(load_model(tmp_path), head=None).norm == "frozen"
+
+
+def test_adapted_weights_have_no_features_of_one_image(maml_trained: Path, tmp_path: Path) -> None:
+    tensors, meta = checkpoint.load(maml_trained / "model.safetensors")
+    meta["config"]["meta"]["norm"] = "frozen"
+    checkpoint.save(tmp_path / "model.safetensors", tensors, meta)
+    with pytest.raises(InputError, match="its inner loop adapts all weights, so an image has other features"):
+        embed_split(tmp_path, tmp_path / "f.safetensors", device="cpu")

@@ -305,6 +305,7 @@ def test_features_that_do_not_fit_the_test_are_named(meta_trained: Path, tmp_pat
     for options, says in (
         ({"evaluation": replace(TASKS, mirror_support=True)}, "no features of mirror images.*embed --mirror"),
         ({"n_way": 5}, "meta-trained for 3 classes a task, --n-way asks for 5; .*--head zeros"),
+        ({"adapt": "all"}, "holds features, of which the head alone can adapt; --adapt all takes a model"),
         ({"n_way": 8, "head": "zeros"}, "test: 7 classes, fewer than n_way = 8"),
         ({"n_query": 24}, r"has 24 images .*fewer than n_shot \+ n_query"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,26 @@ import pytest
 import torch
 
 from mtl_fast.data.store import ImageStore
-from mtl_fast.engine.evaluate import embed_episodes, fit_and_score
+from mtl_fast.engine.evaluate import embed_episodes, evaluate, fit_and_score
 from mtl_fast.nn import LinearHead
 from mtl_fast.training import experiment as module
-from mtl_fast.training.experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
+from mtl_fast.training.experiment import (
+    FT_ALL,
+    FT_HEAD,
+    MAML,
+    MAML_DEEP,
+    MAML_DEEP_HT,
+    MAML_HT,
+    SS,
+    SS_HT,
+    UPDATE_ALL,
+    UPDATE_HEAD,
+    Experiment,
+)
 from mtl_fast.training.models import preprocess_of
 from mtl_fast.training.pretrain import validation_episodes
 from tests.training import tiny
+from tests.training.tiny import MAML as MAML_CONFIG
 
 CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
 
@@ -117,3 +131,63 @@ def test_all_rows_are_tested_on_the_same_tasks(loaded: list[str], tmp_path: Path
     assert torch.equal(b.task_accuracy, evaluation.accuracy)
     assert {a.config.evaluation.split, b.config.evaluation.split} == {"test"}
     assert UPDATE_HEAD.label != SS.label
+
+
+def test_rows_of_maml_take_its_recipe_and_deep_ones_the_pretrained_network(
+    loaded: list[str], tmp_path: Path
+) -> None:
+    experiment = Experiment(CONFIG, tmp_path, maml=MAML_CONFIG)
+    for row in (MAML, MAML_HT, MAML_DEEP, MAML_DEEP_HT):
+        model = experiment.meta_train(row, 1)
+        config = model.config
+        assert config.inner == MAML_CONFIG.inner
+        assert config.meta == replace(MAML_CONFIG.meta, hard=row.hard)
+        assert config.encoder == (CONFIG.encoder if "deep" in row.key else MAML_CONFIG.encoder)
+        assert model.meta["tasks"] >= 0
+    assert (MAML.hard, MAML_HT.hard, MAML_DEEP.hard, MAML_DEEP_HT.hard) == ("none", "resample") * 2
+    # The random start needs no pre-training, and makes none.
+    alone = Experiment(CONFIG, tmp_path / "alone", maml=MAML_CONFIG)
+    alone.meta_train(MAML, 1, lr=0.25)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["maml-1shot-lr0.25"]
+    rates = alone.settings(MAML, 1, lr=0.25).meta
+    assert (rates.lr, rates.head_lr) == (0.25, 0.25)
+    result, _, _ = experiment.test(experiment.meta_train(MAML, 1), 1)
+    assert result.config.inner == MAML_CONFIG.inner
+    assert result.config.meta.norm == "episode"
+
+
+def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothing(
+    loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ALL_RATES", (0.01, 0.3))
+    monkeypatch.setattr(module, "ALL_STEPS", (1, 4))
+    experiment = Experiment(CONFIG, tmp_path)
+    model = experiment.pretrain()
+    inner = experiment.choose_inner(model, 1, UPDATE_ALL)
+    assert inner.adapt == "all"
+    config = experiment.with_shot(1)
+    store = tiny.split("val")
+    episodes = validation_episodes(config, store, config.meta.validation_tasks)
+    accuracies = {
+        (lr, steps): float(
+            evaluate(
+                model.encoder,
+                LinearHead(4, 3, init="zeros"),
+                store,
+                episodes,
+                preprocess_of(config),
+                inner_lr=lr,
+                inner_steps=steps,
+                adapt="all",
+            ).accuracy.mean()
+        )
+        for lr, steps in itertools.product((0.01, 0.3), (1, 4))
+    }
+    assert accuracies[inner.lr, inner.test_steps] == max(accuracies.values())
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    result, _, tasks = experiment.test(model, 1, inner)
+    assert result.config.inner == inner
+    assert tiny.same_tensors(model.encoder.state_dict(), before)
+    head_only, _, same_tasks = experiment.test(model, 1, replace(inner, adapt="head"))
+    assert torch.equal(tasks.support, same_tasks.support)
+    assert not torch.equal(result.task_accuracy, head_only.task_accuracy)

@@ -52,7 +52,7 @@ def test_the_command_prints_the_account_and_evaluate_reads_the_model(
     )
     arguments = ["evaluate", "--checkpoint", str(output), f"--data={data}", "--evaluation.n-tasks=4"]
     assert main([*arguments, "--device=cpu"]) == 0
-    assert capsys.readouterr().out.startswith("3-way 1-shot, 4 test tasks: ")
+    assert capsys.readouterr().out.startswith("3-way 1-shot, 4 test tasks of ")
 
 
 @pytest.mark.filterwarnings("ignore:norm 'episode'")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtl_fast.config import MetaConfig
-from mtl_fast.engine.evaluate import Evaluation
+from mtl_fast.engine.scores import Evaluation
 from mtl_fast.engine.step import StepOutput
 from mtl_fast.episodes import Episodes
 from mtl_fast.errors import InputError

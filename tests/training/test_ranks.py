@@ -93,6 +93,16 @@ def test_meta_training_on_ranks_is_that_of_one_process(
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(p.name for p in alone.iterdir())
 
 
+def test_inner_loops_of_all_weights_on_ranks_are_those_of_one_process(
+    forks: RankForks, tmp_path: Path
+) -> None:
+    """From random weights, with hard tasks; two tasks an update: of three ranks one is idle."""
+    statuses, text = train(forks, 3, tmp_path / "run", name="maml")
+    assert statuses == [0, 0, 0], text
+    rank_jobs.one_process("maml", tmp_path / "alone")
+    assert_near(tmp_path / "run", tmp_path / "alone")
+
+
 def test_pretraining_on_ranks_is_that_of_one_process(forks: RankForks, tmp_path: Path) -> None:
     """Batches of 16 over 3 ranks: statistics, dropout, augmentation; 30 updates with a rate of 1e-2."""
     statuses, text = train(forks, 3, tmp_path / "run", name="pretrain")
@@ -218,6 +228,22 @@ def test_torchrun_of_the_command_killed_and_resumed(tmp_path: Path) -> None:
     # No process stays.
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
     assert not [command for command in commands if str(run).encode() in command]
+
+
+@pytest.mark.parametrize("options", [[], ["--by-step"]], ids=str)
+def test_an_evaluation_of_inner_loops_of_all_weights_on_ranks_too(
+    options: list[str], forks: RankForks, maml_trained: Path, tmp_path: Path
+) -> None:
+    source = tiny.write_class_folders(tmp_path / "data", n_images=12)
+    test = ["evaluate", "--checkpoint", str(maml_trained), "--data", str(source), "--device=cpu", *options]
+    test += ["--evaluation.n-tasks=230", "--n-query=2"]
+    assert cli.main([*test, "--output", str(tmp_path / "one")]) == 0
+    statuses = forks.run(
+        "command", 3, tmp_path / "ranks", arguments=[*test, "--output", str(tmp_path / "three")]
+    )
+    assert statuses == [0, 0, 0], said(tmp_path / "ranks")
+    one, three = (checkpoint.load(tmp_path / n / "evaluation.safetensors")[0] for n in ("one", "three"))
+    assert tiny.same_tensors(one, three)
 
 
 @pytest.mark.parametrize("norm", ["frozen", "episode"])

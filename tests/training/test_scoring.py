@@ -40,9 +40,11 @@ def episode_model(meta_trained: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.fixture(params=["frozen", "episode"])
-def model(request: pytest.FixtureRequest, meta_trained: Path, episode_model: Path) -> Path:
-    return meta_trained if request.param == "frozen" else episode_model
+@pytest.fixture(params=["frozen", "episode", "all weights"])
+def model(
+    request: pytest.FixtureRequest, meta_trained: Path, episode_model: Path, maml_trained: Path
+) -> Path:
+    return {"frozen": meta_trained, "episode": episode_model, "all weights": maml_trained}[request.param]
 
 
 def run(model: Path, output: Path | None = None, **options: Any) -> Score:
@@ -89,6 +91,16 @@ def test_pieces_add_up_to_the_whole(model: Path) -> None:
     config = replace(loaded.config, evaluation=TASKS)
     whole, _ = score(loaded, config, store, drawn_episodes(config, store))
     assert torch.equal(run(model).task_accuracy, whole.task_accuracy)
+
+
+def test_accuracy_by_step_of_all_weights_is_that_of_tests_with_as_many_steps(maml_trained: Path) -> None:
+    for options in ({}, {"adapt": "head"}, {"evaluation": replace(TASKS, mirror_support=True)}):
+        by_step = run(maml_trained, **options).accuracy_by_step
+        assert by_step is not None
+        assert by_step.shape == (23, tiny.MAML.inner.test_steps + 1)
+        for n_steps in (0, 2):
+            alone = run(maml_trained, inner_steps=n_steps, by_step=False, **options)
+            assert torch.equal(by_step[:, n_steps], alone.task_accuracy), (options, n_steps)
 
 
 @pytest.mark.parametrize(

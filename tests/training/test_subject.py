@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def test_what_is_not_changed_is_the_model_s() -> None:
     assert Changes(evaluation=CONFIG.evaluation, device="cpu").over(CONFIG) == CONFIG
-    changes = Changes(4, 2, 6, 7, 0.5, EvaluationConfig(n_tasks=9), 3, "cpu")
+    changes = Changes(4, 2, 6, 7, 0.5, "head", EvaluationConfig(n_tasks=9), 3, "cpu")
     config = changes.over(CONFIG)
     assert (config.episodes.n_way, config.episodes.n_shot, config.episodes.n_query) == (4, 2, 6)
     assert (config.inner.test_steps, config.inner.lr) == (7, 0.5)

@@ -45,6 +45,14 @@ CONFIG = Config(
     device="cpu",
 )
 
+# All weights adapt, from a random start; two rounds of two random and one hard update.
+MAML = replace(
+    CONFIG,
+    encoder=EncoderConfig("conv4", widths=(4,), dropout=0.0),
+    inner=InnerConfig("all", lr=0.05, train_steps=2, test_steps=3),
+    meta=replace(CONFIG.meta, learn="weights", norm="episode", n_tasks=12, validate_every=4, hard="resample"),
+)
+
 
 def with_meta(config: Config = CONFIG, **changes: Any) -> Config:
     """Settings with other ones of meta-training."""
