@@ -50,7 +50,7 @@ def _measured_with(found: Sequence[Record]) -> list[str]:
     versions = found[-1]["versions"]
     commits = ", ".join(dict.fromkeys(str(r["commit"])[:12] for r in found))
     return [
-        f"Made by `python -m bench all` on {all_of('device')}, {all_of('threads')} threads,",
+        f"Made by `python -m bench` on {all_of('device')}, {all_of('threads')} threads,",
         f"torch {versions['torch']}, mtl_fast {versions['mtl_fast']}, commit {commits}, {all_of('date')}:",
         f"both sides in one process, interleaved, {all_of('rounds')} rounds; median of the rounds' ratios.",
     ]
