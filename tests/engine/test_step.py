@@ -18,6 +18,7 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import EpisodicEngine, Preprocess
 from mtl_fast.engine.step import class_accuracy
 from mtl_fast.episodes import Episodes
+from mtl_fast.errors import InputError
 from mtl_fast.nn import Encoder, LinearHead
 from mtl_fast.nn.encoder import Embeddings
 from tests.conv_cases import assert_near
@@ -86,22 +87,39 @@ def test_tasks_of_every_shape(small_store: ImageStore, order: str, shape: tuple[
     check(engine, tasks(small_store, *shape))
 
 
+class Watched(Encoder):
+    """Notes the images of each embedding and whether it has a graph."""
+
+    def __init__(self, inner: Encoder) -> None:
+        super().__init__()
+        self.inner, self.seen, self.feature_dim = inner, [], inner.feature_dim
+        self.eval()
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        out = self.inner.embed(images, **options)
+        self.seen.append((len(images), out.features.requires_grad))
+        return out
+
+
+def watched_twins(
+    store: ImageStore, images_per_chunk: int, learn: str = "kernel", **options: Any
+) -> tuple[EpisodicEngine, EpisodicEngine]:
+    """An engine that takes all images together, and its copy that takes so many at a time."""
+    whole = make_engine(store, Watched(make_encoder(learn=learn)), **options)
+    twin = copy.copy(whole)
+    twin.encoder, twin.head = copy.deepcopy(whole.encoder), copy.deepcopy(whole.head)
+    twin.images_per_chunk = images_per_chunk
+    return whole, twin
+
+
 @by_norm
 @by_order
-@pytest.mark.parametrize("images_per_chunk", [1, 31])
+@pytest.mark.parametrize("images_per_chunk", [15, 31])
 def test_chunked_equals_unchunked(
     small_store: ImageStore, norm: str, order: str, images_per_chunk: int
 ) -> None:
     """Tasks are of 15 images: one a chunk, or two (the last chunk is not full)."""
-    whole = make_engine(small_store, norm=norm, order=order)
-    chunked = copy.copy(whole)
-    chunked.encoder, chunked.head = copy.deepcopy(whole.encoder), copy.deepcopy(whole.head)
-    chunked.images_per_chunk = images_per_chunk
-    sizes = []
-    query_logits = chunked.query_logits
-    chunked.query_logits = lambda part, *weights: (sizes.append(part.n_tasks), query_logits(part, *weights))[
-        1
-    ]
+    whole, chunked = watched_twins(small_store, images_per_chunk, norm=norm, order=order)
     before = copy.deepcopy(whole.encoder)
     for start in (0, 5):
         episodes = tasks(small_store, 10)[start : start + 5]
@@ -109,10 +127,41 @@ def test_chunked_equals_unchunked(
         assert_near(out.loss, expected.loss, TOLERANCE)
         assert torch.equal(out.class_accuracy, expected.class_accuracy)
         assert_same_gradients(gradients(chunked), gradients(whole))
-    assert sizes == 2 * {1: [1] * 5, 31: [2, 2, 1]}[images_per_chunk]
+    n_images = [15 * n for n in {15: [1] * 5, 31: [2, 2, 1]}[images_per_chunk]]
+    joint = (norm, order) == ("frozen", "second")
+    assert [n for n, _ in chunked.encoder.seen] == 2 * (
+        n_images if joint else [n * part // 15 for n in n_images for part in (9, 6)]
+    )
     assert_same_state(chunked.encoder, whole.encoder)
     moved = not torch.equal(before.norms()[0].running_var, whole.encoder.norms()[0].running_var)
     assert moved == (norm == "running")
+
+
+@by_norm
+@by_order
+@pytest.mark.parametrize("learn", ["kernel", "weights", "head"])
+@pytest.mark.parametrize("images_per_chunk", [1, 4, 9, 14])
+def test_a_task_that_does_not_fit_alone_is_taken_in_pieces(
+    small_store: ImageStore, norm: str, order: str, learn: str, images_per_chunk: int
+) -> None:
+    """Never more images in flight than allowed, and the gradients, losses and running averages of the whole."""
+    whole, pieces = watched_twins(small_store, images_per_chunk, learn, norm=norm, order=order)
+    if norm != "frozen" and images_per_chunk < 9:
+        with pytest.raises(InputError, match=rf"images_per_chunk is {images_per_chunk}, but .* at least 9"):
+            pieces.step(tasks(small_store, 2))
+        return
+    for start in (0, 2):
+        episodes = tasks(small_store, 4)[start : start + 2]
+        expected, out = whole.step(episodes), pieces.step(episodes)
+        assert_near(out.loss, expected.loss, TOLERANCE)
+        assert torch.equal(out.class_accuracy, expected.class_accuracy)
+        assert_same_gradients(gradients(pieces), gradients(whole))
+    assert_same_state(pieces.encoder, whole.encoder)
+    assert max(n for n, _ in pieces.encoder.seen) <= images_per_chunk
+    # Two steps of two tasks: all images without a graph; then those whose gradient is asked for, with one.
+    again = 0 if learn == "head" else 15 if order == "second" else 9
+    assert sum(n for n, graph in pieces.encoder.seen if not graph) == 4 * 15
+    assert sum(n for n, graph in pieces.encoder.seen if graph) == 4 * again
 
 
 @by_norm
@@ -121,7 +170,7 @@ def test_effective_weights_are_computed_once_a_step(
     small_store: ImageStore, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, folds = make_engine(small_store, norm=norm), []
-    engine.images_per_chunk = 1
+    engine.images_per_chunk = 15
     refresh = engine.encoder.refresh
     monkeypatch.setattr(
         engine.encoder, "refresh", lambda *, fold: (folds.append(fold), refresh(fold=fold))[1]
@@ -140,20 +189,6 @@ def test_gradients_add_up(small_store: ImageStore) -> None:
     engine.step(episodes[1:])
     for name, both in gradients(engine).items():
         assert torch.equal(both, first[name] + rest[name])
-
-
-class Watched(Encoder):
-    """Notes the images of each embedding and whether it has a graph."""
-
-    def __init__(self, inner: Encoder) -> None:
-        super().__init__()
-        self.inner, self.seen, self.feature_dim = inner, [], inner.feature_dim
-        self.eval()
-
-    def embed(self, images: Tensor, **options: Any) -> Embeddings:
-        out = self.inner.embed(images, **options)
-        self.seen.append((len(images), out.features.requires_grad))
-        return out
 
 
 @by_norm
