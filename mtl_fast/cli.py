@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -116,15 +116,20 @@ class _Run:
     """Seed of everything random."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, …"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the encoder in training; everything else, validation and test stay in fp32."""
     resume: bool = False
     """Go on where the run in the output folder stopped."""
+    profile: bool = False
+    """Write profile.json into the output folder: a trace of the first updates, which Perfetto opens."""
     data: DataConfig
     episodes: EpisodeConfig
     inner: InnerConfig
 
     def config(self, **parts: Any) -> Config:
         """The recipe with this command's settings."""
-        common = {name: getattr(self, name) for name in ("data", "episodes", "inner", "seed", "device")}
+        names = ("data", "episodes", "inner", "seed", "device", "precision")
+        common = {name: getattr(self, name) for name in names}
         return replace(preset(self.preset), **common, **parts)
 
 
@@ -139,7 +144,7 @@ class Pretrain(_Run):
         from .training.pretrain import pretrain
 
         config = self.config(encoder=self.encoder, pretrain=self.pretrain)
-        path = pretrain(config, self.output, resume=self.resume)
+        path = pretrain(config, self.output, resume=self.resume, profile=self.profile)
         print(f"pre-trained encoder: {path}")
 
 
@@ -154,7 +159,8 @@ class MetaTrain(_Run):
     def run(self) -> None:
         from .training.meta_train import meta_train
 
-        path = meta_train(self.config(meta=self.meta), self.pretrained, self.output, resume=self.resume)
+        config = self.config(meta=self.meta)
+        path = meta_train(config, self.pretrained, self.output, resume=self.resume, profile=self.profile)
         print(f"meta-trained model: {path}")
 
 

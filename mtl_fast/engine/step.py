@@ -181,7 +181,9 @@ class EpisodicEngine:
             weights: this meta-step's effective weights; None computes them.
         """
         weights = self._refresh() if weights is None else weights
-        embedded = [self._embed(rows, episodes.n_tasks, weights, graph) for rows, graph in self._rows(episodes)]
+        embedded = [
+            self._embed(rows, episodes.n_tasks, weights, graph) for rows, graph in self._rows(episodes)
+        ]
         if self.norm == "running":
             self._move_running(*(e.statistics for e in embedded))
         return self._logits(episodes, [e.features for e in embedded])
@@ -292,12 +294,15 @@ class EpisodicEngine:
         """Running averages in task order, each task's query split before its support split."""
         self.encoder.update_running(interleave(query, support))
 
-    def smallest_chunk(self, episodes: Episodes) -> int:
-        """The least `images_per_chunk` for such tasks."""
-        return 1 if self.norm == "frozen" else max(episodes.support.shape[1], episodes.query.shape[1])
+    def smallest_chunk(self, n_support: int, n_query: int) -> int:
+        """The least `images_per_chunk` for tasks of so many images."""
+        return 1 if self.norm == "frozen" else max(n_support, n_query)
+
+    def _least(self, episodes: Episodes) -> int:
+        return self.smallest_chunk(episodes.support.shape[1], episodes.query.shape[1])
 
     def _require_whole_splits(self, episodes: Episodes) -> None:
-        least = self.smallest_chunk(episodes)
+        least = self._least(episodes)
         if self.images_per_chunk is not None and self.images_per_chunk < least:
             raise InputError(
                 f"images_per_chunk is {self.images_per_chunk}, but norm {self.norm!r} takes the statistics of a split "
@@ -331,7 +336,7 @@ class EpisodicEngine:
         if self.images_per_chunk is not None:
             in_flight = min(in_flight, self.images_per_chunk)
         half = in_flight // 2
-        if self._halved or half < self.smallest_chunk(episodes):
+        if self._halved or half < self._least(episodes):
             raise InputError(
                 f"out of memory with {in_flight} images in flight ({reason}); give a smaller --meta.images-per-chunk, "
                 "smaller tasks or smaller images"

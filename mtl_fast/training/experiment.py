@@ -62,8 +62,9 @@ class Experiment:
     @cached_property
     def _pretrained(self) -> Path:
         """The pre-trained model file; validation is 1-shot: one encoder serves all tasks."""
-        splits = {"train": self.stores["train"], "val": self.stores["val"]}
-        return Pretraining(self.with_shot(1), self.output / "pretrain", resume=True, **splits).run()
+        train, val = self.stores["train"], self.stores["val"]
+        folder = self.output / "pretrain"
+        return Pretraining(self.with_shot(1), folder, resume=True, train=train, val=val).run()
 
     def pretrain(self) -> Model:
         """The pre-trained encoder, read anew each time: meta-training changes the one it is given."""
@@ -81,8 +82,8 @@ class Experiment:
             meta |= {"head_lr": lr} if row.learn == "head" else {"lr": lr}
         config = replace(config, meta=replace(config.meta, **meta))
         folder = self.output / (f"{row.key}-{n_shot}shot" + ("" if lr is None else f"-lr{lr:g}"))
-        splits = {"train": self.stores["train"], "val": self.stores["val"]}
-        MetaTraining(config, self.pretrain(), folder, resume=True, **splits).run()
+        train, val = self.stores["train"], self.stores["val"]
+        MetaTraining(config, self.pretrain(), folder, resume=True, train=train, val=val).run()
         return load_model(folder, device=self.device)
 
     def choose_inner(self, model: Model, n_shot: int) -> InnerConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,15 @@ from torch import Tensor
 
 from ..config import Config, MetaConfig
 from ..data.store import ImageStore
+from ..engine.capture import N_WARM_UP, capture
 from ..engine.evaluate import evaluate
-from ..engine.step import EpisodicEngine
+from ..engine.memory import bytes_per_image, free_memory, images_in_flight, in_words
+from ..engine.step import EpisodicEngine, StepOutput
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
 from . import checkpoint
 from .logging import RunLog
+from .meta_update import adam, guarded_step, set_rates
 from .models import (
     Model,
     architecture,
@@ -28,6 +30,7 @@ from .models import (
     new_head,
     weights_of,
 )
+from .pace import N_TRACED
 from .phase import Phase
 from .pretrain import validation_episodes
 from .statistics import mean_interval
@@ -46,9 +49,11 @@ class MetaTraining(Phase):
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
+        profile: write ``profile.json``, a trace of the first updates.
     """
 
-    name, command, kind = "meta-training", "meta-train", "meta"
+    name, command, kind, counts = "meta-training", "meta-train", "meta", "tasks"
+    lighter = "give a smaller --meta.images-per-chunk"
     reports_start = True  # the curve begins with the pre-trained network
 
     def __init__(
@@ -60,9 +65,10 @@ class MetaTraining(Phase):
         resume: bool = False,
         train: ImageStore | None = None,
         val: ImageStore | None = None,
+        profile: bool = False,
     ) -> None:
         check_rounds(config.meta)
-        super().__init__(config, train, val)
+        super().__init__(config, train, val, profile=profile)
         self.meta = config.meta
         checkpoint.check_architecture(pretrained.meta, architecture(config, self.image_size), pretrained.path)
         check_normalisation(config, pretrained)
@@ -74,7 +80,7 @@ class MetaTraining(Phase):
         }
         self.head = new_head(config, self.encoder, self.streams).to(self.device)
         self.moved = learnable(self.encoder, config)
-        self.optimizer = _adam(self.meta, self.moved, list(self.head.parameters()))
+        self.optimizer = adam(self.meta, self.moved, list(self.head.parameters()))
         shape = config.episodes
         self.sampler = EpisodeSampler(
             self.train,
@@ -96,7 +102,12 @@ class MetaTraining(Phase):
             inner_lr=config.inner.lr,
             inner_steps=config.inner.train_steps,
             images_per_chunk=self.meta.images_per_chunk,
+            encoder_dtype=self.encoder_dtype,
+            loss_scale=None if self.loss_scale is None else self.loss_scale.scale,
+            spans=self.spans,
         )
+        # What is traced is not replayed, so that the trace shows its ranges.
+        self._step = capture(self._train_on, self.device, N_WARM_UP + (N_TRACED + 1) * profile)
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
@@ -114,17 +125,58 @@ class MetaTraining(Phase):
         return (self.pool if hard else self.sampler).sample(per_update), hard
 
     def _update(self) -> None:
-        episodes, hard = self.next_episodes()
-        self.optimizer.zero_grad(set_to_none=True)
-        output = self.engine.step(episodes)
-        if self.pool is not None and not hard:
-            self.pool.add(episodes, output.class_accuracy)
+        with self.spans("data"):
+            episodes, hard = self.next_episodes()
         set_rates(self.optimizer, self.meta, self.update)
-        self.all_finite &= guarded_step(self.optimizer, output.loss.isfinite().all())
-        self.sums += torch.stack([output.loss.mean(), output.class_accuracy.mean(), self.sums.new_ones(())])
+        output = StepOutput(*self._step(*vars(episodes).values()))
+        if self.pool is not None and not hard:
+            with self.spans("data"):
+                self.pool.add(episodes, output.class_accuracy)
         self.update += 1
         if self.pool is not None and self.update % self._updates_per_round == 0:
             self.pool.clear()
+
+    def _train_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The step and its optimiser on the tensors of some episodes; asks the device for nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.engine.step(Episodes(*tensors))
+        with self.spans("optimiser"):
+            finite = output.loss.isfinite().all()
+            if self.loss_scale is None:
+                self.all_finite &= guarded_step(self.optimizer, finite)
+            else:
+                # A gradient that overflowed is what the scale is for; a loss that did is not.
+                self.loss_scale.update(guarded_step(self.optimizer, finite, self.loss_scale.scale))
+                self.all_finite &= finite & self.loss_scale.is_useful()
+            means = [output.loss.mean(), output.class_accuracy.mean(), self.sums.new_ones(())]
+            self.sums += torch.stack(means)
+        return tuple(output)
+
+    @property
+    def _n_items(self) -> int:
+        return self.meta.tasks_per_update
+
+    def _begin(self, log: RunLog) -> None:
+        super()._begin(log)
+        self.engine.say = log.say
+        if self.engine.images_per_chunk is None:
+            self.engine.images_per_chunk = self._images_per_chunk(log)
+
+    def _images_per_chunk(self, log: RunLog) -> int:
+        """The default: for the memory that is free now; a resumed run keeps the one that it began with."""
+        n_groups = 0 if self.meta.norm == "frozen" else 1
+        dtype = self.encoder_dtype or self.head.weight.dtype
+        per_image = bytes_per_image(self.encoder, self.image_size, dtype, n_groups=n_groups)
+        splits = [self.sampler.n_way * n for n in (self.sampler.n_shot, self.sampler.n_query)]
+        n_images = self.meta.tasks_per_update * sum(splits)
+        free = free_memory(self.device)
+        found = images_in_flight(n_images, self.engine.smallest_chunk(*splits), per_image, free)
+        memory = "unknown free memory" if free is None else f"{in_words(free)} free"
+        log.say(
+            f"images in flight: {min(found, n_images)} of an update's {n_images} "
+            f"({memory}, about {in_words(per_image)} an image; --meta.images-per-chunk {found})"
+        )
+        return found
 
     @property
     def _updates_per_round(self) -> int:
@@ -177,7 +229,11 @@ class MetaTraining(Phase):
     def _loop_state(self) -> dict[str, dict[str, Tensor]]:
         return {"loop": {"sums": self.sums}, "pool": {} if self.pool is None else self.pool.state_dict()}
 
+    def _loop_facts(self) -> dict[str, Any]:
+        return {"images_per_chunk": self.engine.images_per_chunk}
+
     def _load_loop_state(self) -> None:
+        self.engine.images_per_chunk = self.folder.meta["images_per_chunk"]
         self.sums = self.folder.section("loop")["sums"].to(self.device)
         if self.pool is not None:
             self.pool.load_state_dict(self.folder.section("pool"))
@@ -220,54 +276,14 @@ def check_normalisation(config: Config, pretrained: Model) -> None:
             )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -> None:
-    """Both rates, halved every `decay_every` updates down to the floor (a rate below the floor stays)."""
-    for group in optimizer.param_groups:
-        start = group["start_lr"]
-        group["lr"] = max(start * 0.5 ** (update // meta.decay_every), min(meta.lr_floor, start))
-
-
-@torch.no_grad()
-def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> Tensor:
-    """A step that leaves parameters and state as they were where a loss or a gradient is not finite.
-
-    Args:
-        optimizer: Adam, or another whose state begins at zeros and is changed in place.
-        finite: bool scalar, whether the losses are; nothing is read back.
-
-    Returns:
-        bool scalar: whether the gradients are finite as well and the step was taken.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    finite = torch.stack([finite, *(gradient.isfinite().all() for gradient in gradients)]).all()
-
-    def tensors() -> Iterator[Tensor]:
-        for p in parameters:
-            yield p
-            yield from (value for value in optimizer.state[p].values() if isinstance(value, Tensor))
-
-    before = {id(tensor): tensor.clone() for tensor in tensors()}
-    for gradient in gradients:  # else the moments would take the NaN up
-        gradient.copy_(torch.where(finite, gradient, 0))
-    optimizer.step()
-    for tensor in tensors():
-        if tensor.device == finite.device:  # a GPU's step counters are the host's, which must not wait for it
-            old = before.get(id(tensor))  # None: the first step made it, from zeros
-            tensor.copy_(torch.where(finite, tensor, 0 if old is None else old))
-    return finite
-
-
-def _adam(
-    meta: MetaConfig, moved: list[torch.nn.Parameter], head: list[torch.nn.Parameter]
-) -> torch.optim.Adam:
-    groups = [{"params": head, "start_lr": meta.head_lr}]
-    if moved:
-        groups.insert(0, {"params": moved, "start_lr": meta.lr})
-    return torch.optim.Adam(groups)
-
-
-def meta_train(config: Config, pretrained: str | Path, output: str | Path, *, resume: bool = False) -> Path:
+def meta_train(
+    config: Config,
+    pretrained: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+) -> Path:
     """Meta-trains from a pre-trained model file as `config` says; returns the model file. See `MetaTraining`."""
     model = load_model(pretrained, kind="pretrained")
     # The network is the pre-trained one, whatever the recipe's default.
@@ -275,4 +291,4 @@ def meta_train(config: Config, pretrained: str | Path, output: str | Path, *, re
         config,
         encoder=replace(model.config.encoder, shortcut_scale_shift=config.encoder.shortcut_scale_shift),
     )
-    return MetaTraining(config, model, output, resume=resume).run()
+    return MetaTraining(config, model, output, resume=resume, profile=profile).run()

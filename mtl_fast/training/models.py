@@ -97,6 +97,14 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def encoder_dtype(config: Config) -> torch.dtype | None:
+    """Of images and activations in training; None is the parameters'."""
+    return _DTYPES[config.precision]
+
+
 def square_size(train: ImageStore, val: ImageStore) -> int:
     """Height and width of the images of both splits, in pixels.
 

@@ -12,12 +12,23 @@ from torch import Tensor
 from ..config import Config
 from ..data import load_split
 from ..data.store import ImageStore
+from ..engine.spans import WHOLE, Spans
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
 from ..random_streams import RandomStreams
 from . import checkpoint
 from .logging import RunLog
-from .models import device_of, load_weights, preprocess_of, save_model, square_size, weights_of
+from .meta_update import LossScale, keep_on_device
+from .models import (
+    device_of,
+    encoder_dtype,
+    load_weights,
+    preprocess_of,
+    save_model,
+    square_size,
+    weights_of,
+)
+from .pace import Pace, StepTrace
 from .run import RunFolder, prefixed, stop_on_ctrl_c, tell_of_missing_kernels
 
 
@@ -29,11 +40,14 @@ class Phase(ABC):
     Args:
         config: settings.
         train, val: the splits; None loads them from `config.data.source`.
+        profile: write ``profile.json``, a trace of the first updates.
     """
 
     name: ClassVar[str]  # in messages, such as "pre-training"
     command: ClassVar[str]  # in logs and checkpoints
     kind: ClassVar[str]  # of the model file
+    counts: ClassVar[str]  # what the progress line counts a second
+    lighter: ClassVar[str]  # what to do where memory runs out
     reports_start: ClassVar[bool] = False  # whether a report comes before the first update
 
     encoder: Encoder
@@ -41,7 +55,9 @@ class Phase(ABC):
     optimizer: torch.optim.Optimizer
     total: int
 
-    def __init__(self, config: Config, train: ImageStore | None, val: ImageStore | None) -> None:
+    def __init__(
+        self, config: Config, train: ImageStore | None, val: ImageStore | None, *, profile: bool = False
+    ) -> None:
         self.config = config
         self.device = device_of(config)
         source, size = config.data.source, config.data.image_size
@@ -52,6 +68,10 @@ class Phase(ABC):
         self.image_size = square_size(self.train, self.val)
         self.preprocess = preprocess_of(config)
         self.streams = RandomStreams(config.seed)
+        self.spans = Spans(self.device)
+        self.profile = profile
+        self.encoder_dtype = encoder_dtype(config)
+        self.loss_scale = LossScale(self.device) if self.encoder_dtype == torch.float16 else None
         self.update = 0
         self.best: dict[str, Tensor] = {}
         self.best_accuracy, self.best_update = -1.0, 0
@@ -61,31 +81,37 @@ class Phase(ABC):
         """Runs to the end and returns the model file.
 
         Raises:
-            InputError: the loss became non-finite.
+            InputError: the loss became non-finite, or memory ran out.
             Interrupted: Ctrl-C; the state is saved.
         """
         if self.update >= self.total and self.folder.model.exists():
             return self.folder.model
-        if self.device.type == "cpu":
-            tell_of_missing_kernels()
         folder = self.folder.path
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
         log = RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)
+        trace = StepTrace(folder / "profile.json" if self.profile else None, self.device, self.spans)
         with log, stop_on_ctrl_c() as stop:
+            self._begin(log)
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
-            while self.update < self.total:
-                self._update()
-                if self._is_checkpoint():
-                    self._require_finite()
-                    self._report(log)
-                    self._save()
-                elif stop.requested:
-                    self._require_finite()
-                    self._save()
-                if stop.requested and self.update < self.total:
-                    raise self.folder.interrupted(f"{self.name} after update {self.update} of {self.total}")
-                log.advance(self.update)
+            pace = Pace(self.spans, self.device, self.counts)
+            with trace:
+                while self.update < self.total:
+                    self._measured_update()
+                    trace.step()
+                    if self._is_checkpoint():
+                        self._require_finite()
+                        self._report(log)
+                        self._save()
+                        pace.restart()
+                    elif stop.requested:
+                        self._require_finite()
+                        self._save()
+                    if stop.requested and self.update < self.total:
+                        raise self.folder.interrupted(
+                            f"{self.name} after update {self.update} of {self.total}"
+                        )
+                    log.advance(self.update, pace.count(self._n_items))
         save_model(
             self.folder.model,
             self.kind,
@@ -99,6 +125,33 @@ class Phase(ABC):
         if stop.requested:
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
+
+    def _measured_update(self) -> None:
+        self.spans.begin()
+        try:
+            with self.spans(WHOLE):
+                self._update()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{self.name}: out of memory in update {self.update + 1} ({reason}); {self.lighter}"
+            ) from None
+
+    def _begin(self, log: RunLog) -> None:
+        """Says what the user should know before the first update."""
+        if self.device.type != "cpu":
+            return
+        tell_of_missing_kernels()
+        if self.encoder_dtype is not None:
+            log.say(
+                f"precision {self.config.precision}: on a CPU the encoder then runs on the torch backend, which is "
+                "right but slower than fp32"
+            )
+
+    @property
+    @abstractmethod
+    def _n_items(self) -> int:
+        """What an update counts, in units of `counts`."""
 
     @abstractmethod
     def _update(self) -> None:
@@ -132,6 +185,10 @@ class Phase(ABC):
     def _load_loop_state(self) -> None:
         """The inverse, from `folder.section(name)`."""
 
+    def _loop_facts(self) -> dict[str, Any]:
+        """The subclass's own plain facts for the checkpoint's header."""
+        return {}
+
     def _keep_if_best(self, accuracy: float) -> None:
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_update = accuracy, self.update
@@ -145,15 +202,18 @@ class Phase(ABC):
 
     def _save(self) -> None:
         optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}
         self.folder.save(
             optimizer
             | prefixed(
                 current=weights_of(self.encoder, self.head),
                 best=self.best,
                 streams=self.streams.state_dict(),
+                **scale,
                 **self._loop_state(),
             ),
             {
+                **self._loop_facts(),
                 "phase": self.command,
                 "update": self.update,
                 "optimizer": optimizer_state,
@@ -169,7 +229,10 @@ class Phase(ABC):
             raise InputError(f"{folder.checkpoint}: is of phase {meta.get('phase')!r}, not of {self.name}")
         load_weights(folder.section("current"), self.encoder, self.head)
         checkpoint.unpack_optimizer(self.optimizer, folder.tensors, meta["optimizer"])
+        keep_on_device(self.optimizer)
         self.streams.load_state_dict(folder.section("streams"))
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(folder.section("loss_scale"))
         self._load_loop_state()
         self.best = folder.section("best")
         self.update, self.curve = meta["update"], meta["curve"]

@@ -20,6 +20,7 @@ from ..nn import Encoder, LinearHead
 from ..random_streams import RandomStreams
 from .augment import augmented
 from .logging import RunLog
+from .meta_update import guarded_step
 from .models import build_encoder, facts_of, weights_of
 from .phase import Phase
 
@@ -32,9 +33,11 @@ class Pretraining(Phase):
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
+        profile: write ``profile.json``, a trace of the first updates.
     """
 
-    name, command, kind = "pre-training", "pretrain", "pretrained"
+    name, command, kind, counts = "pre-training", "pretrain", "pretrained", "images"
+    lighter = "give a smaller --pretrain.batch-size"
 
     def __init__(
         self,
@@ -44,8 +47,9 @@ class Pretraining(Phase):
         resume: bool = False,
         train: ImageStore | None = None,
         val: ImageStore | None = None,
+        profile: bool = False,
     ) -> None:
-        super().__init__(config, train, val)
+        super().__init__(config, train, val, profile=profile)
         self.settings = config.pretrain
         initial = self.streams.stream("initial")
         self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
@@ -69,15 +73,24 @@ class Pretraining(Phase):
         rows = self.order[place * self.settings.batch_size :][: self.settings.batch_size].to(self.device)
         self.encoder.train()
         self._seed_dropout()
-        x = augmented(self.train, rows, self.preprocess, self.settings, self.streams.stream("augmentation"))
-        labels = self.train.labels[rows]
-        logits = self.head(self.encoder(x))
-        loss = F.cross_entropy(logits, labels)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.update, self.updates_per_epoch)
+        with self.spans("data"):
+            augmentation = self.streams.stream("augmentation")
+            x = augmented(self.train, rows, self.preprocess, self.settings, augmentation)
+            labels = self.train.labels[rows]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        with self.spans("encoder"):
+            features = self.encoder(x.to(self.encoder_dtype or x.dtype))
+            logits = self.head(features.to(x.dtype))
+            loss = F.cross_entropy(logits, labels)
+            (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+        with self.spans("optimiser"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, self.update, self.updates_per_epoch)
+            if self.loss_scale is None:
+                self.optimizer.step()
+            else:
+                finite = loss.detach().isfinite()
+                self.loss_scale.update(guarded_step(self.optimizer, finite, self.loss_scale.scale))
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == labels).sum()
             self.sums += torch.stack(
@@ -87,6 +100,10 @@ class Pretraining(Phase):
             raise self._not_finite(f"the loss became {float(loss.detach())}")
         self.update += 1
 
+    @property
+    def _n_items(self) -> int:
+        return self.settings.batch_size
+
     def _seed_dropout(self) -> None:
         """On a GPU dropout draws there, from a generator that each update seeds from the stream."""
         if self.device.type != "cpu" and self.encoder.dropout:
@@ -95,6 +112,8 @@ class Pretraining(Phase):
 
     def _require_finite(self) -> None:
         """The last update may have spoilt what its loss did not show."""
+        if self.loss_scale is not None and not bool(self.loss_scale.is_useful()):
+            raise self._not_finite("gradients overflow float16 whatever the scale of the loss")
         for module in (self.encoder, self.head):
             for name, tensor in module.state_dict().items():
                 if not bool(tensor.isfinite().all()):
@@ -184,8 +203,8 @@ def _optimizer(settings: PretrainConfig, encoder: Encoder, head: LinearHead) -> 
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
-def pretrain(config: Config, output: str | Path, *, resume: bool = False) -> Path:
+def pretrain(config: Config, output: str | Path, *, resume: bool = False, profile: bool = False) -> Path:
     """Pre-trains as `config` says and returns the model file in `output`; see `Pretraining`."""
     # Validation is 1-shot whatever the tasks to come: one encoder serves them all.
     config = replace(config, episodes=replace(config.episodes, n_shot=1))
-    return Pretraining(config, output, resume=resume).run()
+    return Pretraining(config, output, resume=resume, profile=profile).run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from contextlib import nullcontext
@@ -18,7 +17,6 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import EpisodicEngine, Preprocess
 from mtl_fast.engine.step import class_accuracy
 from mtl_fast.episodes import Episodes
-from mtl_fast.errors import InputError
 from mtl_fast.nn import Encoder, LinearHead
 from mtl_fast.nn.encoder import Embeddings
 from tests.conv_cases import assert_near
@@ -26,6 +24,10 @@ from tests.engine.cases import (
     NORMS,
     ORDERS,
     PREPROCESS,
+    TOLERANCE,
+    Watched,
+    assert_same_gradients,
+    assert_same_state,
     gradients,
     make_encoder,
     make_engine,
@@ -34,26 +36,8 @@ from tests.engine.cases import (
     tasks,
 )
 
-# Twelve layers of about 60 terms, batch statistics of as few as 24 values, and a loss over all of it.
-TOLERANCE = 1000 * 12 * 60**0.5 * torch.finfo(torch.float64).eps
 by_norm = pytest.mark.parametrize("norm", NORMS)
 by_order = pytest.mark.parametrize("order", ORDERS)
-
-
-def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert ours.keys() == expected.keys()
-    # A shift before batch statistics has no gradient but rounding: compare with the largest of all.
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for name, gradient in expected.items():
-        assert torch.isfinite(ours[name]).all(), name
-        assert (ours[name] - gradient).abs().max() <= TOLERANCE * largest, name
-
-
-def assert_same_state(ours: Encoder, expected: Encoder) -> None:
-    state = expected.state_dict()
-    assert ours.state_dict().keys() == state.keys()
-    for name, value in ours.state_dict().items():
-        assert_near(value, state[name], TOLERANCE, name)
 
 
 def check(engine: EpisodicEngine, episodes: Episodes) -> None:
@@ -85,83 +69,6 @@ def test_with_every_encoder(small_store: ImageStore, norm: str, kind: str) -> No
 def test_tasks_of_every_shape(small_store: ImageStore, order: str, shape: tuple[int, ...]) -> None:
     engine = make_engine(small_store, n_way=shape[1], order=order)
     check(engine, tasks(small_store, *shape))
-
-
-class Watched(Encoder):
-    """Notes the images of each embedding and whether it has a graph."""
-
-    def __init__(self, inner: Encoder) -> None:
-        super().__init__()
-        self.inner, self.seen, self.feature_dim = inner, [], inner.feature_dim
-        self.eval()
-
-    def embed(self, images: Tensor, **options: Any) -> Embeddings:
-        out = self.inner.embed(images, **options)
-        self.seen.append((len(images), out.features.requires_grad))
-        return out
-
-
-def watched_twins(
-    store: ImageStore, images_per_chunk: int, learn: str = "kernel", **options: Any
-) -> tuple[EpisodicEngine, EpisodicEngine]:
-    """An engine that takes all images together, and its copy that takes so many at a time."""
-    whole = make_engine(store, Watched(make_encoder(learn=learn)), **options)
-    twin = copy.copy(whole)
-    twin.encoder, twin.head = copy.deepcopy(whole.encoder), copy.deepcopy(whole.head)
-    twin.images_per_chunk = images_per_chunk
-    return whole, twin
-
-
-@by_norm
-@by_order
-@pytest.mark.parametrize("images_per_chunk", [15, 31])
-def test_chunked_equals_unchunked(
-    small_store: ImageStore, norm: str, order: str, images_per_chunk: int
-) -> None:
-    """Tasks are of 15 images: one a chunk, or two (the last chunk is not full)."""
-    whole, chunked = watched_twins(small_store, images_per_chunk, norm=norm, order=order)
-    before = copy.deepcopy(whole.encoder)
-    for start in (0, 5):
-        episodes = tasks(small_store, 10)[start : start + 5]
-        expected, out = whole.step(episodes), chunked.step(episodes)
-        assert_near(out.loss, expected.loss, TOLERANCE)
-        assert torch.equal(out.class_accuracy, expected.class_accuracy)
-        assert_same_gradients(gradients(chunked), gradients(whole))
-    n_images = [15 * n for n in {15: [1] * 5, 31: [2, 2, 1]}[images_per_chunk]]
-    joint = (norm, order) == ("frozen", "second")
-    assert [n for n, _ in chunked.encoder.seen] == 2 * (
-        n_images if joint else [n * part // 15 for n in n_images for part in (9, 6)]
-    )
-    assert_same_state(chunked.encoder, whole.encoder)
-    moved = not torch.equal(before.norms()[0].running_var, whole.encoder.norms()[0].running_var)
-    assert moved == (norm == "running")
-
-
-@by_norm
-@by_order
-@pytest.mark.parametrize("learn", ["kernel", "weights", "head"])
-@pytest.mark.parametrize("images_per_chunk", [1, 4, 9, 14])
-def test_a_task_that_does_not_fit_alone_is_taken_in_pieces(
-    small_store: ImageStore, norm: str, order: str, learn: str, images_per_chunk: int
-) -> None:
-    """Never more images in flight than allowed, and the gradients, losses and running averages of the whole."""
-    whole, pieces = watched_twins(small_store, images_per_chunk, learn, norm=norm, order=order)
-    if norm != "frozen" and images_per_chunk < 9:
-        with pytest.raises(InputError, match=rf"images_per_chunk is {images_per_chunk}, but .* at least 9"):
-            pieces.step(tasks(small_store, 2))
-        return
-    for start in (0, 2):
-        episodes = tasks(small_store, 4)[start : start + 2]
-        expected, out = whole.step(episodes), pieces.step(episodes)
-        assert_near(out.loss, expected.loss, TOLERANCE)
-        assert torch.equal(out.class_accuracy, expected.class_accuracy)
-        assert_same_gradients(gradients(pieces), gradients(whole))
-    assert_same_state(pieces.encoder, whole.encoder)
-    assert max(n for n, _ in pieces.encoder.seen) <= images_per_chunk
-    # Two steps of two tasks: all images without a graph; then those whose gradient is asked for, with one.
-    again = 0 if learn == "head" else 15 if order == "second" else 9
-    assert sum(n for n, graph in pieces.encoder.seen if not graph) == 4 * 15
-    assert sum(n for n, graph in pieces.encoder.seen if graph) == 4 * again
 
 
 @by_norm

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mtl_fast.config import MetaConfig
-from mtl_fast.training import meta_train
-from mtl_fast.training.meta_train import guarded_step, set_rates
+from mtl_fast.training import meta_update
+from mtl_fast.training.meta_update import guarded_step, set_rates
 from tests.training import tiny
 
 
 def test_both_rates_are_halved_down_to_the_floor() -> None:
     meta = MetaConfig(lr=1e-3, head_lr=4e-4, decay_every=7, lr_floor=1e-4)
-    optimizer = meta_train._adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    optimizer = meta_update.adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
     # start/2, start/4, …, each at least the floor
     for update, moved, head in (
         (0, 1e-3, 4e-4),
@@ -32,7 +32,7 @@ def test_both_rates_are_halved_down_to_the_floor() -> None:
         set_rates(optimizer, meta, update)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([moved, head], rel=1e-12)
     low = MetaConfig(lr=5e-5, head_lr=0.0, lr_floor=1e-4, decay_every=1)
-    optimizer = meta_train._adam(low, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    optimizer = meta_update.adam(low, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
     set_rates(optimizer, low, 9)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 0.0]
 
