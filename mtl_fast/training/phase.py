@@ -99,6 +99,7 @@ class Phase(ABC):
                 while self.update < self.total:
                     self._measured_update()
                     trace.step()
+                    told = pace.count(self._n_items)
                     if self._is_checkpoint():
                         self._require_finite()
                         self._report(log)
@@ -111,7 +112,7 @@ class Phase(ABC):
                         raise self.folder.interrupted(
                             f"{self.name} after update {self.update} of {self.total}"
                         )
-                    log.advance(self.update, pace.count(self._n_items))
+                    log.advance(self.update, told)
         save_model(
             self.folder.model,
             self.kind,
