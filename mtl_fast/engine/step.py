@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.residency import Gathered, gathered
 from ..data.store import ImageStore
 from ..episodes import Episodes
 from ..errors import InputError
@@ -39,10 +40,13 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, store: ImageStore, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [B] of the store → [B, 3, H, W]."""
-        mean, std = (filled(values, store.images.device) for values in (self.mean, self.std))
-        return images(store.images, rows, mean=mean, std=std, dtype=dtype)
+    def __call__(
+        self, store: ImageStore | Gathered, rows: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Rows [B] of the store → [B, 3, H, W], on the device of `rows`."""
+        source, rows = gathered(store, rows)
+        mean, std = (filled(values, source.device) for values in (self.mean, self.std))
+        return images(source, rows, mean=mean, std=std, dtype=dtype)
 
 
 def filled(values: Sequence[float], device: torch.device) -> Tensor:
@@ -122,7 +126,7 @@ class EpisodicEngine:
 
     encoder: Encoder
     head: LinearHead
-    store: ImageStore
+    store: ImageStore | Gathered
     preprocess: Preprocess
     norm: NormMode = "frozen"
     order: Order = "second"

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import PretrainConfig
+from ..data.residency import Gathered, gathered, moved
 from ..data.store import ImageStore
-from ..engine.step import Preprocess
+from ..engine.step import Preprocess, filled
 from ..ops.images import images
 
 
 def augmented(
-    store: ImageStore,
+    store: ImageStore | Gathered,
     rows: Tensor,
     preprocess: Preprocess,
     config: PretrainConfig,
@@ -30,20 +31,21 @@ def augmented(
         config: `crop`, `flip` and `jitter`.
         generator: the augmentation stream, on the CPU; it draws the same numbers whatever the device.
     """
-    n, device = len(rows), store.images.device
-    height, width = store.image_size
-    flip = torch.rand(n, generator=generator).lt(0.5).to(device) if config.flip else None
+    source, rows = gathered(store, rows)
+    n, device = len(rows), source.device
+    height, width = source.shape[1:3]
+    flip = moved(torch.rand(n, generator=generator).lt(0.5), device) if config.flip else None
     plain = config.jitter == 0 and config.crop != "resized"
     mean, std = (preprocess.mean, preprocess.std) if plain else ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
     crop, padding = None, 0
     if config.crop == "shift":
         padding = height // 8
-        crop = torch.randint(2 * padding + 1, (n, 2), generator=generator).to(device)
+        crop = moved(torch.randint(2 * padding + 1, (n, 2), generator=generator), device)
     x = images(
-        store.images,
+        source,
         rows,
-        mean=torch.tensor(mean, device=device),
-        std=torch.tensor(std, device=device),
+        mean=filled(mean, device),
+        std=filled(std, device),
         crop=crop,
         size=(height, width),
         padding=padding,
@@ -56,8 +58,7 @@ def augmented(
     if config.jitter:
         x = colour_jitter(x, config.jitter, generator)
     centre, spread = (
-        torch.tensor(values, device=device).view(3, 1, 1) / 255
-        for values in (preprocess.mean, preprocess.std)
+        filled(values, device).view(3, 1, 1) / 255 for values in (preprocess.mean, preprocess.std)
     )
     return ((x - centre) / spread).contiguous(memory_format=torch.channels_last)
 
@@ -75,15 +76,15 @@ def resized_crop(x: Tensor, generator: torch.Generator) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = wide, high
     # Centres in [−1, 1] such that the box stays inside.
     theta[:, 0, 2], theta[:, 1, 2] = (2 * u[:, 2] - 1) * (1 - wide), (2 * u[:, 3] - 1) * (1 - high)
-    grid = F.affine_grid(theta.to(x.device, x.dtype), list(x.shape), align_corners=False)
+    grid = F.affine_grid(moved(theta, x.device).to(x.dtype), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def colour_jitter(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation each times a factor within 1 ± strength; [B, 3, H, W] in [0, 1]."""
     factors = 1 + strength * (2 * torch.rand(3, len(x), 1, 1, 1, generator=generator) - 1)
-    brightness, contrast, saturation = factors.to(x.device, x.dtype)
-    weights = x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    brightness, contrast, saturation = moved(factors, x.device).to(x.dtype)
+    weights = filled((0.299, 0.587, 0.114), x.device).to(x.dtype).view(3, 1, 1)
     x = (x * brightness).clamp(0, 1)
     grey = (x * weights).sum(dim=1, keepdim=True)
     middle = grey.mean(dim=(2, 3), keepdim=True)

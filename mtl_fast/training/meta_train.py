@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config, MetaConfig
+from ..data.residency import Gathered
 from ..data.store import ImageStore
 from ..engine.capture import N_WARM_UP, capture
 from ..engine.evaluate import evaluate
@@ -110,25 +112,44 @@ class MetaTraining(Phase):
         self._step = capture(self._train_on, self.device, N_WARM_UP + (N_TRACED + 1) * profile)
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
+        self.coming: deque[Episodes] = deque()  # drawn, an update each, and not yet trained on
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._open(output, resume=resume, inputs=inputs)
 
     def next_episodes(self) -> tuple[Episodes, bool]:
         """The tasks of the next update, and whether they are hard ones."""
-        per_update = self.meta.tasks_per_update
+        n_left, hard = self._left_of_part()
+        if not self.coming:
+            # Images in host memory: all tasks until the pool is next asked are drawn and read back at once.
+            n_updates = 1 if self.ahead is None else n_left
+            source = self.pool if hard and self.pool is not None else self.sampler
+            per_update = self.meta.tasks_per_update
+            drawn = source.sample(n_updates * per_update)
+            self.coming.extend([drawn] if n_updates == 1 else drawn.chunks(per_update))
+        if self.ahead is not None and not len(self.ahead):
+            rows = torch.stack([episodes.in_order()[0] for episodes in self.coming])
+            self.ahead.submit(rows.cpu())
+        return self.coming.popleft(), hard
+
+    def _left_of_part(self) -> tuple[int, bool]:
+        """Updates until the random or the hard part of this round, or the run, ends; whether it is the hard one."""
+        n_left = self.total - self.update
         if self.pool is None:
-            return self.sampler.sample(per_update), False
-        n_random = self.meta.random_tasks_per_round // per_update
-        n_hard = self.meta.hard_tasks_per_round // per_update
-        hard = self.update % (n_random + n_hard) >= n_random
-        return (self.pool if hard else self.sampler).sample(per_update), hard
+            return min(n_left, max(1, self.meta.random_tasks_per_round // self.meta.tasks_per_update)), False
+        n_random = self.meta.random_tasks_per_round // self.meta.tasks_per_update
+        place = self.update % self._updates_per_round
+        hard = place >= n_random
+        return min(n_left, (self._updates_per_round if hard else n_random) - place), hard
 
     def _update(self) -> None:
         with self.spans("data"):
             episodes, hard = self.next_episodes()
+            tensors = tuple(vars(episodes).values())
+            if self.ahead is not None:
+                tensors = (*vars(episodes.in_order()[1]).values(), self.ahead.next())
         set_rates(self.optimizer, self.meta, self.update)
-        output = StepOutput(*self._step(*vars(episodes).values()))
+        output = StepOutput(*self._step(*tensors))
         if self.pool is not None and not hard:
             with self.spans("data"):
                 self.pool.add(episodes, output.class_accuracy)
@@ -137,9 +158,15 @@ class MetaTraining(Phase):
             self.pool.clear()
 
     def _train_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The step and its optimiser on the tensors of some episodes; asks the device for nothing."""
+        """The step and its optimiser; asks the device for nothing.
+
+        Args:
+            tensors: the five of `Episodes`; then, where the store is in host memory, the images they are rows of.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.engine.step(Episodes(*tensors))
+        if self.ahead is not None:
+            self.engine.store = Gathered(tensors[-1])
+        output = self.engine.step(Episodes(*tensors[:5]))
         with self.spans("optimiser"):
             finite = output.loss.isfinite().all()
             if self.loss_scale is None:
@@ -227,7 +254,14 @@ class MetaTraining(Phase):
         return {"tasks": self.best_update * self.meta.tasks_per_update}
 
     def _loop_state(self) -> dict[str, dict[str, Tensor]]:
-        return {"loop": {"sums": self.sums}, "pool": {} if self.pool is None else self.pool.state_dict()}
+        drawn = [
+            torch.stack(tensors) for tensors in zip(*(vars(e).values() for e in self.coming), strict=True)
+        ]
+        return {
+            "loop": {"sums": self.sums},
+            "pool": {} if self.pool is None else self.pool.state_dict(),
+            "coming": {str(i): tensor for i, tensor in enumerate(drawn)},
+        }
 
     def _loop_facts(self) -> dict[str, Any]:
         return {"images_per_chunk": self.engine.images_per_chunk}
@@ -237,6 +271,9 @@ class MetaTraining(Phase):
         self.sums = self.folder.section("loop")["sums"].to(self.device)
         if self.pool is not None:
             self.pool.load_state_dict(self.folder.section("pool"))
+        drawn = self.folder.section("coming")
+        stacked = [drawn[str(i)].to(self.device) for i in range(len(drawn))]
+        self.coming.extend(Episodes(*tensors) for tensors in zip(*stacked, strict=True))
 
 
 def check_rounds(meta: MetaConfig) -> None:

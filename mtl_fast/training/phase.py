@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import load_split
+from ..data.residency import Ahead, placed
 from ..data.store import ImageStore
+from ..engine.memory import free_memory, in_words
 from ..engine.spans import WHOLE, Spans
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
@@ -62,10 +65,11 @@ class Phase(ABC):
         self.device = device_of(config)
         source, size = config.data.source, config.data.image_size
         self.train, self.val = (
-            (load_split(source, split, size) if store is None else store).to(self.device)
+            self._placed(load_split(source, split, size) if store is None else store)
             for split, store in (("train", train), ("val", val))
         )
         self.image_size = square_size(self.train, self.val)
+        self.ahead = Ahead(self.train.images, self.device) if self.train.kept_on_host else None
         self.preprocess = preprocess_of(config)
         self.streams = RandomStreams(config.seed)
         self.spans = Spans(self.device)
@@ -76,6 +80,9 @@ class Phase(ABC):
         self.best: dict[str, Tensor] = {}
         self.best_accuracy, self.best_update = -1.0, 0
         self.curve: list[list[float]] = []
+
+    def _placed(self, store: ImageStore) -> ImageStore:
+        return placed(store, self.device, lambda: free_memory(self.device))
 
     def run(self) -> Path:
         """Runs to the end and returns the model file.
@@ -90,7 +97,7 @@ class Phase(ABC):
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
         log = RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)
         trace = StepTrace(folder / "profile.json" if self.profile else None, self.device, self.spans)
-        with log, stop_on_ctrl_c() as stop:
+        with log, self.ahead or nullcontext(), stop_on_ctrl_c() as stop:
             self._begin(log)
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
@@ -140,6 +147,10 @@ class Phase(ABC):
 
     def _begin(self, log: RunLog) -> None:
         """Says what the user should know before the first update."""
+        for name, store in (("training", self.train), ("validation", self.val)):
+            if store.kept_on_host:
+                size = in_words(store.images.nbytes)
+                log.say(f"{name} images stay in host memory: {size} are too many for the device")
         if self.device.type != "cpu":
             return
         tell_of_missing_kernels()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Config, PretrainConfig
+from ..data.residency import Gathered, moved
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
 from ..episodes import Episodes, EpisodeSampler
@@ -62,7 +63,9 @@ class Pretraining(Phase):
         self.updates_per_epoch = max(1, self.train.n_images // self.settings.batch_size)
         self.total = self.settings.epochs * self.updates_per_epoch
         self.order = torch.empty(0, dtype=torch.int64)
-        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images since the last log row
+        self.sums = torch.zeros(
+            3, dtype=torch.float64, device=self.device
+        )  # loss, correct, images since the last log row
         inputs = {"train": facts_of(self.train), "val": facts_of(self.val)}
         self._open(output, resume=resume, inputs=inputs)
 
@@ -70,13 +73,20 @@ class Pretraining(Phase):
         place = self.update % self.updates_per_epoch
         if place == 0:
             self.order = torch.randperm(self.train.n_images, generator=self.streams.stream("pretrain_order"))
-        rows = self.order[place * self.settings.batch_size :][: self.settings.batch_size].to(self.device)
+        size = self.settings.batch_size
+        rows = moved(self.order[place * size :][:size], self.device)
         self.encoder.train()
         self._seed_dropout()
         with self.spans("data"):
             augmentation = self.streams.stream("augmentation")
-            x = augmented(self.train, rows, self.preprocess, self.settings, augmentation)
             labels = self.train.labels[rows]
+            source: ImageStore | Gathered = self.train
+            if self.ahead is not None:
+                if not len(self.ahead):
+                    left = self.order[place * size : self.updates_per_epoch * size]
+                    self.ahead.submit(left.split(size))
+                source, rows = Gathered(self.ahead.next()), torch.arange(len(rows), device=self.device)
+            x = augmented(source, rows, self.preprocess, self.settings, augmentation)
         self.optimizer.zero_grad(set_to_none=True)
         with self.spans("encoder"):
             features = self.encoder(x.to(self.encoder_dtype or x.dtype))
@@ -93,11 +103,11 @@ class Pretraining(Phase):
                 self.loss_scale.update(guarded_step(self.optimizer, finite, self.loss_scale.scale))
         with torch.no_grad():
             correct = (logits.argmax(dim=1) == labels).sum()
-            self.sums += torch.stack(
-                [loss.double() * len(rows), correct.double(), loss.new_tensor(len(rows)).double()]
-            ).cpu()
-        if not math.isfinite(float(self.sums[0])):
-            raise self._not_finite(f"the loss became {float(loss.detach())}")
+            n_images = torch.full((), len(rows), dtype=torch.float64, device=self.device)
+            self.sums += torch.stack([loss.double() * len(rows), correct.double(), n_images])
+        # A GPU would have to be waited for: there it shows before the next checkpoint.
+        if self.device.type == "cpu":
+            self._require_finite_loss()
         self.update += 1
 
     @property
@@ -110,8 +120,13 @@ class Pretraining(Phase):
             seed = int(torch.randint(2**62, (), generator=self.streams.stream("dropout")))
             self.encoder.dropout_generator = torch.Generator(self.device).manual_seed(seed)
 
+    def _require_finite_loss(self) -> None:
+        if not math.isfinite(total := float(self.sums[0])):
+            raise self._not_finite(f"the loss became {total}")
+
     def _require_finite(self) -> None:
         """The last update may have spoilt what its loss did not show."""
+        self._require_finite_loss()
         if self.loss_scale is not None and not bool(self.loss_scale.is_useful()):
             raise self._not_finite("gradients overflow float16 whatever the scale of the loss")
         for module in (self.encoder, self.head):
@@ -167,7 +182,7 @@ class Pretraining(Phase):
 
     def _load_loop_state(self) -> None:
         loop = self.folder.section("loop")
-        self.order, self.sums = loop["order"], loop["sums"]
+        self.order, self.sums = loop["order"], loop["sums"].to(self.device)
 
 
 def validation_episodes(config: Config, val: ImageStore, n_tasks: int) -> Episodes:
