@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,14 +98,16 @@ class Phase(ABC):
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
         log = RunLog(folder, phase=label, total=self.total, unit="update", step=self.update)
         trace = StepTrace(folder / "profile.json" if self.profile else None, self.device, self.spans)
-        with log, self.ahead or nullcontext(), stop_on_ctrl_c() as stop:
+        with log, self._enough_memory(), self.ahead or nullcontext(), stop_on_ctrl_c() as stop:
             self._begin(log)
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
             pace = Pace(self.spans, self.device, self.counts)
             with trace:
                 while self.update < self.total:
-                    self._measured_update()
+                    self.spans.begin()
+                    with self.spans(WHOLE):
+                        self._update()
                     trace.step()
                     told = pace.count(self._n_items)
                     if self._is_checkpoint():
@@ -134,15 +137,15 @@ class Phase(ABC):
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
 
-    def _measured_update(self) -> None:
-        self.spans.begin()
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Lack of memory is the user's to mend."""
         try:
-            with self.spans(WHOLE):
-                self._update()
+            yield
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise InputError(
-                f"{self.name}: out of memory in update {self.update + 1} ({reason}); {self.lighter}"
+                f"{self.name}: out of memory after update {self.update} ({reason}); {self.lighter}"
             ) from None
 
     def _begin(self, log: RunLog) -> None:

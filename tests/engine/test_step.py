@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import EpisodicEngine, Preprocess
@@ -35,6 +34,7 @@ from tests.engine.cases import (
     parameters,
     tasks,
 )
+from tests.read_back import NothingReadBack
 
 by_norm = pytest.mark.parametrize("norm", NORMS)
 by_order = pytest.mark.parametrize("order", ORDERS)
@@ -180,25 +180,6 @@ def test_class_accuracy_counts_each_class_of_each_task() -> None:
     guesses = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1]])
     accuracy = class_accuracy(F.one_hot(guesses, 2).float(), labels, 2)
     assert_near(accuracy, torch.tensor([[1 / 3, 1.0], [0.0, 1 / 3]]), 1e-7)
-
-
-class NothingReadBack(TorchDispatchMode):
-    """Raises where the host would wait for a value of the device."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if name.lstrip("_") in [n.lstrip("_") for n in self.FORBIDDEN] or name.startswith(
-            ("_unique", "unique")
-        ):
-            raise AssertionError(f"{func.name()} reads a value back")
-        indices = args[1] if name.startswith("index") and len(args) > 1 else None
-        if isinstance(indices, (list, tuple)) and any(
-            i is not None and i.dtype == torch.bool for i in indices
-        ):
-            raise AssertionError("an index by a mask reads its length back")
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_watch_sees_what_is_read_back() -> None:
