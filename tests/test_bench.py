@@ -36,6 +36,7 @@ from bench.ops.bench_ss_conv import bare, conv_case
 from bench.ops.bench_ss_conv import rows as conv_rows
 from bench.pretrain import rows as pretrain_rows
 from bench.report import lines_of, text, verdict
+from bench.step import HardTaskRow
 from bench.step import rows as step_rows
 from mtl_fast.ops import ConvOperands
 
@@ -212,8 +213,19 @@ def test_every_row_of_the_targets_is_there() -> None:
         "meta-training step",
         "peak memory of a meta-training step",
         "peak memory of a meta-training step",
+        "pool and hard sampling in a round of the HT meta-batch",
         "pre-training step",
     ]
+
+
+def test_hard_tasks_are_a_share_of_a_round() -> None:
+    row = HardTaskRow("hard tasks", Target(0.03, 0.01, at_most=True))
+    (line,) = row.measure(QUICK)
+    seconds = line.details["seconds"]
+    assert len(line.values) == QUICK.rounds
+    assert line.values == tuple(p / s for p, s in zip(seconds["pool"], seconds["steps"], strict=True))
+    assert all(0 < value < 1 for value in line.values)
+    assert line.peer.startswith("15 steps ")
 
 
 def test_families_end_with_their_mean(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ class EpisodicEngine:
                 out again.
         """
         require_evaluation_mode(self.encoder)
-        self._require_whole_splits(episodes)
+        self.require_whole_splits(*_images_of_splits(episodes))
         with self._own_gradients() as drop_gradients:
             while True:
                 try:
@@ -194,7 +194,7 @@ class EpisodicEngine:
 
     def _accumulate(self, episodes: Episodes) -> tuple[list[StepOutput], list[list[Statistics]]]:
         """Forward and backward, chunk by chunk: outputs, and with `running` norm the statistics of each chunk."""
-        per_task = _images_per_task(episodes)
+        per_task = sum(_images_of_splits(episodes))
         n_tasks = episodes.n_tasks
         chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
         weights = self._refresh()
@@ -204,7 +204,7 @@ class EpisodicEngine:
 
     def _take(self, part: Episodes, weights: Weights, n_tasks: int) -> tuple[StepOutput, list[Statistics]]:
         """Forward and backward of one chunk."""
-        in_pieces = self.images_per_chunk is not None and _images_per_task(part) > self.images_per_chunk
+        in_pieces = self.images_per_chunk is not None and sum(_images_of_splits(part)) > self.images_per_chunk
         embed = self._embed_in_pieces if in_pieces else self._embed
         rows = self._rows(part)
         embedded = [embed(r, part.n_tasks, weights, graph) for r, graph in rows]
@@ -302,11 +302,9 @@ class EpisodicEngine:
         """The least `images_per_chunk` for tasks of so many images."""
         return 1 if self.norm == "frozen" else max(n_support, n_query)
 
-    def _least(self, episodes: Episodes) -> int:
-        return self.smallest_chunk(episodes.support.shape[1], episodes.query.shape[1])
-
-    def _require_whole_splits(self, episodes: Episodes) -> None:
-        least = self._least(episodes)
+    def require_whole_splits(self, n_support: int, n_query: int) -> None:
+        """Raises InputError where `images_per_chunk` is less than `smallest_chunk`."""
+        least = self.smallest_chunk(n_support, n_query)
         if self.images_per_chunk is not None and self.images_per_chunk < least:
             raise InputError(
                 f"images_per_chunk is {self.images_per_chunk}, but norm {self.norm!r} takes the statistics of a split "
@@ -336,11 +334,11 @@ class EpisodicEngine:
 
     def _halve(self, episodes: Episodes, reason: str) -> None:
         """Half the images in flight from now on; the second time an error."""
-        in_flight = episodes.n_tasks * _images_per_task(episodes)
+        in_flight = episodes.n_tasks * sum(_images_of_splits(episodes))
         if self.images_per_chunk is not None:
             in_flight = min(in_flight, self.images_per_chunk)
         half = in_flight // 2
-        if self._halved or half < self._least(episodes):
+        if self._halved or half < self.smallest_chunk(*_images_of_splits(episodes)):
             raise InputError(
                 f"out of memory with {in_flight} images in flight ({reason}); give a smaller --meta.images-per-chunk, "
                 "smaller tasks or smaller images"
@@ -351,5 +349,6 @@ class EpisodicEngine:
         self.say(f"out of memory with {in_flight} images in flight: going on with images_per_chunk {half}")
 
 
-def _images_per_task(episodes: Episodes) -> int:
-    return episodes.support.shape[1] + episodes.query.shape[1]
+def _images_of_splits(episodes: Episodes) -> tuple[int, int]:
+    """Support and query images of a task."""
+    return episodes.support.shape[1], episodes.query.shape[1]

@@ -108,6 +108,7 @@ class MetaTraining(Phase):
             loss_scale=None if self.loss_scale is None else self.loss_scale.scale,
             spans=self.spans,
         )
+        self.engine.require_whole_splits(*self._images_of_splits)
         # What is traced is not replayed, so that the trace shows its ranges.
         self._step = capture(self._train_on, self.device, N_WARM_UP + (N_TRACED + 1) * profile)
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
@@ -183,6 +184,11 @@ class MetaTraining(Phase):
     def _n_items(self) -> int:
         return self.meta.tasks_per_update
 
+    @property
+    def _images_of_splits(self) -> tuple[int, int]:
+        """Support and query images of a task."""
+        return self.sampler.n_way * self.sampler.n_shot, self.sampler.n_way * self.sampler.n_query
+
     def _begin(self, log: RunLog) -> None:
         super()._begin(log)
         self.engine.say = log.say
@@ -194,10 +200,10 @@ class MetaTraining(Phase):
         n_groups = 0 if self.meta.norm == "frozen" else 1
         dtype = self.encoder_dtype or self.head.weight.dtype
         per_image = bytes_per_image(self.encoder, self.image_size, dtype, n_groups=n_groups)
-        splits = [self.sampler.n_way * n for n in (self.sampler.n_shot, self.sampler.n_query)]
-        n_images = self.meta.tasks_per_update * sum(splits)
+        n_images = self.meta.tasks_per_update * sum(self._images_of_splits)
         free = free_memory(self.device)
-        found = images_in_flight(n_images, self.engine.smallest_chunk(*splits), per_image, free)
+        least = self.engine.smallest_chunk(*self._images_of_splits)
+        found = images_in_flight(n_images, least, per_image, free)
         memory = "unknown free memory" if free is None else f"{in_words(free)} free"
         log.say(
             f"images in flight: {min(found, n_images)} of an update's {n_images} "
