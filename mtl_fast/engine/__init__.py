@@ -1,6 +1,8 @@
 """A batch of episodes → losses, class accuracies and gradients; no optimiser, no files, no per-task loop."""
 
+from .capture import capture
 from .evaluate import EmbeddedEpisodes, Evaluation, embed_episodes, embed_rows, evaluate, fit_and_score
+from .spans import Spans
 from .step import EpisodicEngine, Preprocess, StepOutput
 
 __all__ = [
@@ -8,7 +10,9 @@ __all__ = [
     "EpisodicEngine",
     "Evaluation",
     "Preprocess",
+    "Spans",
     "StepOutput",
+    "capture",
     "embed_episodes",
     "embed_rows",
     "evaluate",

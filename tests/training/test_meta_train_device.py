@@ -201,3 +201,24 @@ def test_out_of_memory_in_pretraining_is_one_line(tmp_path: Path, monkeypatch: p
     assert str(caught.value) == (
         "pre-training: out of memory after update 0 (CUDA out of memory.); give a smaller --pretrain.batch-size"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_the_captured_run_is_the_run_itself(
+    precision: str, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    # In deterministic mode cuBLAS asks for a variable that must be set before the process starts.
+    torch.use_deterministic_algorithms(False)
+    try:
+        config = replace(CONFIG, device="cuda", precision=precision)
+        tiny.meta_training(tmp_path / "captured", pretrained, config).run()
+        monkeypatch.setattr(meta_train, "capture", lambda step, *_: step)
+        tiny.meta_training(tmp_path / "plain", pretrained, config).run()
+    finally:
+        torch.use_deterministic_algorithms(True)
+    captured, plain = (tiny.model_of(tmp_path / name) for name in ("captured", "plain"))
+    for name, value in plain.items():
+        torch.testing.assert_close(captured[name], value, rtol=1e-3, atol=1e-4)
