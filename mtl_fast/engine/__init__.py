@@ -1,6 +1,7 @@
 """A batch of episodes → losses, class accuracies and gradients; no optimiser, no files, no per-task loop."""
 
 from .adapt import adapt_and_predict
+from .capture import capture
 from .evaluate import (
     DistinctImages,
     EmbeddedEpisodes,
@@ -14,8 +15,10 @@ from .evaluate import (
     fit_and_predict,
     fit_and_score,
 )
+from .inputs import Preprocess
 from .ranks import ALONE, Ranks, join
-from .step import EpisodicEngine, Preprocess, StepOutput
+from .spans import Spans
+from .step import EpisodicEngine, StepOutput
 
 __all__ = [
     "ALONE",
@@ -25,9 +28,11 @@ __all__ = [
     "Evaluation",
     "Preprocess",
     "Ranks",
+    "Spans",
     "StepOutput",
     "accuracy_by_step",
     "adapt_and_predict",
+    "capture",
     "distinct_images",
     "embed_episodes",
     "embed_rows",

@@ -15,8 +15,9 @@ from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner, query_logits_by_step
+from .inputs import Preprocess
 from .ranks import ALONE, Ranks
-from .step import NormMode, Preprocess, class_accuracy, require_evaluation_mode
+from .step import NormMode, class_accuracy, require_evaluation_mode
 
 _LOGITS_IN_FLIGHT = 2**24  # numbers that `accuracy_by_step` holds at a time
 
