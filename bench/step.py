@@ -5,18 +5,20 @@ Ours is `EpisodicEngine.step` and a step of Adam, from the uint8 store to moved 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from mtl_fast.engine import EpisodicEngine
-from mtl_fast.episodes import Episodes, EpisodeSampler
+from mtl_fast.episodes import Episodes, EpisodeSampler, HardTaskPool
 from mtl_fast.nn import LinearHead, ResNet12
 
 from .accuracy import Expected, behind_kinks, convolution_bound
-from .harness import Against, Case, Contender, Measurable, Row, Target
+from .harness import Against, Case, Contender, Line, Measurable, Row, Settings, Target, duration
 from .memory import OURS, MemoryGrowthRow, MemoryRow
 from .networks import (
     FULL,
@@ -62,8 +64,8 @@ class Problem:
         self.shape = shape
         self.store = random_store(PIXELS, n_classes=max(8, shape.n_way))
         generator = torch.Generator().manual_seed(0)
-        sampler = EpisodeSampler(self.store, shape.n_way, shape.n_shot, shape.n_query, generator)
-        self.episodes = sampler.sample(n_tasks)
+        self.sampler = EpisodeSampler(self.store, shape.n_way, shape.n_shot, shape.n_query, generator)
+        self.episodes = self.sampler.sample(n_tasks)
 
     def network(self) -> ResNet12:
         return trained_resnet12(self.shape.widths, PIXELS)
@@ -143,7 +145,60 @@ def rows(quick: bool) -> Sequence[Measurable]:
         MemoryGrowthRow(
             "peak memory of a meta-training step, first order, 64 tasks", Target(0.05, 0.01, at_most=True)
         ),
+        HardTaskRow(
+            "pool and sampling of hard tasks, resample, round of 15 updates", Target(0.03, 0.01, at_most=True)
+        ),
     ]
+
+
+@dataclass(frozen=True)
+class HardTaskRow:
+    """Time in the pool and in the sampling of hard tasks, as a share of a round's steps, 2 tasks each.
+
+    A round is that of the paper's recipe: 20 random tasks join the pool, then 10 hard ones are drawn.
+    """
+
+    name: str
+    target: Target
+    n_random: int = 10  # updates
+    n_hard: int = 5
+
+    def measure(self, settings: Settings) -> Iterable[Line]:
+        problem = Problem(Shape.of(quick=settings.quick), n_tasks=2)
+        step = problem.ours(problem.network())
+        pool = HardTaskPool(problem.sampler, "resample", torch.Generator().manual_seed(1))
+        accuracy = torch.rand(2, problem.shape.n_way, generator=torch.Generator().manual_seed(2))
+        drawn = [problem.sampler.sample(2) for _ in range(self.n_random)]
+        step()  # caches
+        in_pool, in_steps = [], []
+        for _ in range(settings.rounds):
+            start = time.perf_counter()
+            for episodes in drawn:
+                pool.add(episodes, accuracy)
+            for _ in range(self.n_hard):
+                pool.sample(2)
+            pool.clear()
+            between = time.perf_counter()
+            step()
+            in_pool.append(between - start)
+            in_steps.append((time.perf_counter() - between) * (self.n_random + self.n_hard))
+        steps = f"{self.n_random + self.n_hard} steps"
+        shares = tuple(pool / whole for pool, whole in zip(in_pool, in_steps, strict=True))
+        return [
+            Line(
+                self.name,
+                ours=duration(median(in_pool)),
+                against=steps,
+                peers=(steps,),
+                peer=duration(median(in_steps)),
+                values=shares,
+                best=min(in_pool) / min(in_steps),
+                target=self.target,
+                unit="%",
+                note=native_backend()[1],
+                details={"seconds": {"ours": in_pool, steps: in_steps}},
+            )
+        ]
 
 
 def _case(quick: bool) -> Case:

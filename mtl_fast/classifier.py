@@ -16,8 +16,9 @@ from torch import Tensor
 from .config import Config
 from .data.arrays import Layout, code_labels
 from .data.store import ImageStore
+from .engine.base import require_evaluation_mode
 from .engine.evaluate import embed_rows
-from .engine.step import Preprocess, require_evaluation_mode
+from .engine.inputs import Preprocess
 from .errors import InputError
 from .nn.encoder import Encoder
 from .nn.linear_head import LinearHead

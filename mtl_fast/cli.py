@@ -88,17 +88,22 @@ class _Run:
     """Seed of everything random."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, …"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the encoder in training; everything else, validation and test stay in fp32."""
     resume: bool = False
     """Go on where the run in the output folder stopped."""
     rank_timeout: float = _RANK_TIMEOUT
     """With torchrun: seconds that one rank may keep the others waiting before the run ends."""
+    profile: bool = False
+    """Write profile.json into the output folder: a trace of the first updates, which Perfetto opens."""
     data: DataConfig
     episodes: EpisodeConfig
     inner: InnerConfig
 
     def config(self, **parts: Any) -> Config:
         """The recipe with this command's settings."""
-        common = {name: getattr(self, name) for name in ("data", "episodes", "inner", "seed", "device")}
+        names = ("data", "episodes", "inner", "seed", "device", "precision")
+        common = {name: getattr(self, name) for name in names}
         return replace(preset(self.preset), **common, **parts)
 
 
@@ -114,8 +119,9 @@ class Pretrain(_Run):
         from .training.ranks import command_ranks
 
         config = self.config(encoder=self.encoder, pretrain=self.pretrain)
+        options = {"resume": self.resume, "profile": self.profile}
         with command_ranks(self.device, self.rank_timeout) as ranks:
-            path = pretrain(config, self.output, resume=self.resume, ranks=ranks)
+            path = pretrain(config, self.output, **options, ranks=ranks)
             ranks.say(f"pre-trained encoder: {path}")
 
 
@@ -132,8 +138,9 @@ class MetaTrain(_Run):
         from .training.ranks import command_ranks
 
         config = self.config(meta=self.meta)
+        options = {"resume": self.resume, "profile": self.profile}
         with command_ranks(self.device, self.rank_timeout) as ranks:
-            path = meta_train(config, self.pretrained, self.output, resume=self.resume, ranks=ranks)
+            path = meta_train(config, self.pretrained, self.output, **options, ranks=ranks)
             ranks.say(f"meta-trained model: {path}")
 
 

@@ -153,7 +153,7 @@ class MetaConfig:
     validate_every: int = 2000
     """Tasks between validations (and checkpoints)."""
     images_per_chunk: int | None = None
-    """Bounds the images in flight; None takes all tasks of an update together."""
+    """Bounds the images in flight; None finds a number for the free memory and says it."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ class Config:
     """One seed; every part of the run draws from a named stream made of it."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`, …"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the encoder in training; everything else, validation and test stay in fp32."""
 
     def __post_init__(self) -> None:
         for name, choices in _choices().items():
@@ -202,6 +204,10 @@ class Config:
         name, n_widths = self.encoder.name, len(self.encoder.widths)
         if n_widths != _N_WIDTHS[name][0] and not (name == "conv4" and n_widths == 1):
             raise InputError(f"encoder.widths has {n_widths} numbers; {name} takes {_N_WIDTHS[name][1]}")
+        if self.inner.adapt == "all" and self.precision != "fp32":
+            raise InputError(
+                f"precision is {self.precision!r}, which goes with inner.adapt head; adapting all weights takes fp32"
+            )
         if self.inner.adapt == "all" and (self.meta.learn != "weights" or self.meta.last_block_only):
             raise InputError(
                 "inner.adapt is 'all': meta-training then learns where all weights start; "
@@ -261,10 +267,10 @@ def _choices() -> dict[str, tuple[str, ...]]:
     """The settings that are one of some words."""
     found = {}
     for part, kind in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            for name, hint in get_type_hints(kind).items():
-                if get_origin(hint) is Literal:
-                    found[f"{part}.{name}"] = get_args(hint)
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {"": kind}
+        for name, hint in hints.items():
+            if get_origin(hint) is Literal:
+                found[f"{part}.{name}".rstrip(".")] = get_args(hint)
     return found
 
 

@@ -8,12 +8,13 @@ device, and one seed gives the same tasks on every device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mtl_fast.data.residency import moved
 from mtl_fast.data.store import ClassIndex
 from mtl_fast.errors import InputError
 
@@ -88,8 +89,17 @@ class Episodes:
             raise ValueError(f"chunks: n is {n}; a chunk holds at least one task")
         return (self[start : start + n] for start in range(0, self.n_tasks, n))
 
+    def in_order(self) -> tuple[Tensor, Episodes]:
+        """The rows of all images, query and then support, [B], and the same tasks as rows of those images."""
+        rows = torch.cat([self.query.flatten(), self.support.flatten()])
+        place = torch.arange(len(rows), device=rows.device)
+        query, support = place.split([self.query.numel(), self.support.numel()])
+        return rows, replace(
+            self, query=query.view(self.query.shape), support=support.view(self.support.shape)
+        )
+
     def to(self, device: torch.device | str) -> Episodes:
-        return Episodes(*(_move(tensor, torch.device(device)) for tensor in self._tensors()))
+        return Episodes(*(moved(tensor, torch.device(device)) for tensor in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.classes, self.support, self.query, self.support_labels, self.query_labels
@@ -147,7 +157,7 @@ class EpisodeSampler:
         """Tasks of the given `classes` int64 [T, n_way] (distinct in each task), with random images."""
         _check_classes(classes, self.n_way)
         keys = _keys(self._generator, len(classes), self._n_image_keys, self.device)
-        classes = _move(classes, self.device)
+        classes = moved(classes, self.device)
         return Episodes.from_rows(classes, self._new_rows(classes, keys), self.n_shot)
 
     @property
@@ -213,7 +223,7 @@ class HardTaskPool:
         if class_accuracy.shape != episodes.classes.shape:
             shapes = f"{list(class_accuracy.shape)} for classes {list(episodes.classes.shape)}"
             raise ValueError(f"class_accuracy: expected [T, n_way], got {shapes}")
-        episodes, accuracy = episodes.to(sampler.device), _move(class_accuracy, sampler.device)
+        episodes, accuracy = episodes.to(sampler.device), moved(class_accuracy, sampler.device)
         keys = _keys(self._generator, episodes.n_tasks, sampler.n_way, sampler.device)
         lowest = accuracy == accuracy.amin(dim=1, keepdim=True)
         column = keys.where(lowest, -1.0).argmax(dim=1, keepdim=True)
@@ -282,14 +292,7 @@ def _keys(generator: torch.Generator, n_tasks: int, n_keys: int, device: torch.d
     """float64 [n_tasks, n_keys] in [0, 1): drawn on the CPU, task after task, and moved to `device`."""
     if n_tasks < 0:
         raise ValueError(f"n_tasks is {n_tasks}; it must not be negative")
-    return _move(torch.rand(n_tasks, n_keys, generator=generator, dtype=torch.float64), device)
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to CUDA from pinned memory, so that the host need not wait for the device."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return moved(torch.rand(n_tasks, n_keys, generator=generator, dtype=torch.float64), device)
 
 
 def _check_classes(classes: Tensor, n_way: int) -> None:

@@ -44,6 +44,7 @@ from bench.pretrain import rows as pretrain_rows
 from bench.report import lines_of, text, verdict
 from bench.scaling import NOT_FALLING, throughput
 from bench.scaling import rows as scaling_rows
+from bench.step import HardTaskRow
 from bench.step import rows as step_rows
 from mtl_fast.ops import ConvOperands
 
@@ -220,6 +221,7 @@ def test_every_row_of_the_targets_is_there() -> None:
         "meta-training step",
         "peak memory of a meta-training step",
         "peak memory of a meta-training step",
+        "pool and sampling of hard tasks",
         "pre-training step",
     ]
     names = [row.name for row in maml_rows(quick=False)]
@@ -320,6 +322,16 @@ def test_evaluation_runs(capsys: pytest.CaptureFixture[str]) -> None:
         printed.count("images embedded plainly for a distinct one; plain sides extrapolated from 3 tasks")
         == 2
     )
+
+
+def test_hard_tasks_are_a_share_of_a_round() -> None:
+    row = HardTaskRow("hard tasks", Target(0.03, 0.01, at_most=True))
+    (line,) = row.measure(QUICK)
+    seconds = line.details["seconds"]
+    assert len(line.values) == QUICK.rounds
+    assert line.values == tuple(p / s for p, s in zip(seconds["ours"], seconds["15 steps"], strict=True))
+    assert all(0 < value < 1 for value in line.values)
+    assert line.against == "15 steps"
 
 
 def test_families_end_with_their_mean(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

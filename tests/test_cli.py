@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import signal
@@ -96,6 +97,14 @@ def test_the_three_commands_follow_each_other(
     assert (tmp_path / "test" / "evaluation.json").exists()
     assert main(["evaluate", "--checkpoint", str(runs / "pre"), "--n-way=3", *TEST]) == 0
     assert capsys.readouterr().out.startswith("3-way 1-shot, 8 test tasks: ")
+
+
+def test_a_profile_and_a_precision_can_be_asked_for(data: Path, runs: Path, tmp_path: Path) -> None:
+    arguments = ["meta-train", "--pretrained", str(runs / "pre"), "--data.source", str(data), *META]
+    run = tmp_path / "run"
+    assert main([*arguments, "--output", str(run), "--profile", "--precision=bf16"]) == 0
+    assert "traceEvents" in json.loads((run / "profile.json").read_text())
+    assert json.loads((run / "config.json").read_text())["precision"] == "bf16"
 
 
 def test_a_finished_run_is_only_told_again(

@@ -13,7 +13,7 @@ import pytest
 
 from mtl_fast.config import PRESETS, Config, DataConfig, EncoderConfig, MetaConfig, preset
 from mtl_fast.errors import InputError
-from mtl_fast.training.meta_train import check_rounds
+from mtl_fast.training.meta_checks import check_rounds
 
 # The recipe `paper`, number by number.
 PAPER = {
@@ -191,6 +191,7 @@ def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: st
     [
         ("seed", -1, "seed is -1; it must be in 0..2**63 - 1"),
         ("seed", 2**63, "seed is 9223372036854775808"),
+        ("precision", "fp8", "precision is 'fp8'; choose one of: fp32, bf16, fp16"),
         ("data.std", (60.0, 0.0, 60.0), "data.std is 0.0; it must be positive"),
         ("data.std", (60.0, math.nan, 60.0), "data.std is nan"),
         ("data.mean", (math.inf, 0.0, 0.0), "data.mean is inf; it must be finite"),

@@ -19,6 +19,7 @@ from tests.episode_cases import (
     make_sampler,
     make_store,
 )
+from tests.read_back import NothingReadBack
 
 
 @pytest.mark.parametrize("mode", ["resample", "reuse"])
@@ -288,3 +289,17 @@ def test_what_a_pool_refuses():
     with pytest.raises(ValueError, match=r"is \(3, 1, 4\), the sampler's \(3, 2, 3\)"):
         pool.add(make_sampler(shape=(3, 1, 4)).sample(2), torch.zeros(2, 3))
     assert pool.classes.tolist() == []
+
+
+@pytest.mark.parametrize("mode", ["resample", "reuse"])
+def test_sampling_and_the_pool_read_nothing_back(mode: str) -> None:
+    """Random tasks, failures that join, hard tasks of few and of many classes, an emptied pool."""
+    sampler = make_sampler()
+    pool = make_pool(mode, sampler=sampler)
+    accuracy = torch.rand(4, N_WAY, generator=torch.Generator().manual_seed(0))
+    with NothingReadBack():
+        pool.sample(2)
+        for _ in range(3):
+            pool.add(sampler.sample(4), accuracy)
+            pool.sample(3)
+        pool.clear()

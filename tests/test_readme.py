@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.run import parse_args as parse_torchrun
 
 from mtl_fast.cli import MetaTrain, parse
-from mtl_fast.training.meta_train import check_rounds
+from mtl_fast.training.meta_checks import check_rounds
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

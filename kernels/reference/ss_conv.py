@@ -11,7 +11,8 @@ from .effective_weights import effective_weights, unfolded
 
 
 def convolve(x: Tensor, filters: FrozenFilters, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """conv2d with the geometry of `filters`."""
+    """conv2d with the geometry of `filters`; weights computed in another dtype are rounded to x's once, here."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight, bias, filters.stride, filters.padding, filters.dilation, filters.groups)
 
 

@@ -47,6 +47,7 @@ class ImageStore:
     Attributes:
         class_counts: int64 [C], images in each class.
         class_index: int64 [C, max_count], the rows of each class in ascending order, padded with -1.
+        kept_on_host: whether the images alone are in host memory, too many for the device (`data.residency`).
 
     Raises:
         TypeError: a tensor of another dtype.
@@ -60,6 +61,7 @@ class ImageStore:
     name: str = "the image store"
     class_counts: Tensor = field(init=False)
     class_index: Tensor = field(init=False)
+    kept_on_host: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -172,7 +174,8 @@ class ImageStore:
 
     @property
     def device(self) -> torch.device:
-        return self.images.device
+        """Where it is used: of labels and indices, and of the images unless they are `kept_on_host`."""
+        return self.labels.device
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same store on `device`; itself if it is there already."""

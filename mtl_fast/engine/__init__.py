@@ -1,6 +1,8 @@
 """A batch of episodes → losses, class accuracies and gradients; no optimiser, no files, no per-task loop."""
 
 from .adapt import adapt_and_predict
+from .base import Engine, StepOutput
+from .capture import capture
 from .evaluate import (
     DistinctImages,
     EmbeddedEpisodes,
@@ -14,9 +16,11 @@ from .evaluate import (
     fit_and_score,
 )
 from .inner_loops import WholeNetworkEngine, evaluate_all_weights
+from .inputs import Preprocess
 from .ranks import ALONE, Ranks, join
 from .scores import Evaluation
-from .step import Engine, EpisodicEngine, Preprocess, StepOutput
+from .spans import Spans
+from .step import EpisodicEngine
 
 __all__ = [
     "ALONE",
@@ -27,10 +31,12 @@ __all__ = [
     "Evaluation",
     "Preprocess",
     "Ranks",
+    "Spans",
     "StepOutput",
     "WholeNetworkEngine",
     "accuracy_by_step",
     "adapt_and_predict",
+    "capture",
     "distinct_images",
     "embed_episodes",
     "embed_rows",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import Order, base_learner
-from .step import require_evaluation_mode
+from .base import require_evaluation_mode
 
 
 def adapt_and_predict(

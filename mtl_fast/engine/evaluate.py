@@ -15,10 +15,11 @@ from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner, query_logits_by_step
+from .base import NormMode, require_evaluation_mode
 from .inner_loops import evaluate_all_weights
+from .inputs import Preprocess
 from .ranks import ALONE, Ranks
 from .scores import Evaluation, gathered, joined, scored, tasks_per_chunk, with_mirrored
-from .step import NormMode, Preprocess, require_evaluation_mode
 
 Adapt = Literal["head", "all"]
 

@@ -17,14 +17,15 @@ from torch.func import functional_call
 
 from ..data.store import ImageStore
 from ..episodes import Episodes
-from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder, Statistics
 from ..nn.linear_head import LinearHead
 from ..nn.network_encoder import NetworkEncoder
 from ..nn.scale_shift import interleave
+from .base import Engine, NormMode, StepOutput, require_evaluation_mode
+from .base import Weights as SharedWeights
+from .inputs import Preprocess
 from .ranks import ALONE, Ranks
 from .scores import Evaluation, gathered, joined, scored, tasks_per_chunk, with_mirrored
-from .step import Engine, NormMode, Preprocess, require_evaluation_mode
 
 Weights = tuple[Tensor, ...]
 SupportLoss = Callable[[Weights], tuple[Tensor, Statistics]]
@@ -132,9 +133,19 @@ class WholeNetworkEngine(Engine):
     def _n_passes(self) -> int:
         return self.inner_steps + 1
 
-    def _logits(
-        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
-    ) -> tuple[Tensor, Statistics]:
+    def query_logits(self, episodes: Episodes, weights: SharedWeights | None = None) -> Tensor:
+        logits, statistics = self._logits(episodes)
+        if statistics:
+            self.encoder.update_running(statistics)
+        return logits
+
+    def _take(self, part: Episodes, weights: SharedWeights, n_tasks: int) -> tuple[StepOutput, Statistics]:
+        with self.spans("inner loop"):
+            logits, statistics = self._logits(part)
+            return self._scored(logits, part, n_tasks), statistics
+
+    def _logits(self, episodes: Episodes) -> tuple[Tensor, Statistics]:
+        """`query_logits`, and the statistics that move the running averages: none but with that norm."""
         ((logits, passes),) = self._after([self.inner_steps], episodes, mirror_support=False)
         return logits, interleave(*passes) if self.norm == "running" else []
 
@@ -183,7 +194,7 @@ class WholeNetworkEngine(Engine):
             logits, statistics = run(adapted, query)
             yield logits, [*passes, statistics]
 
-    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
+    def _refresh(self) -> SharedWeights:
         return ()  # weights of each task's own are no operands of `effective_weights`
 
 

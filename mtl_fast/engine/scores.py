@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..episodes import Episodes
+from .base import class_accuracy
 from .ranks import Ranks
-from .step import class_accuracy
 
 
 class Evaluation(NamedTuple):

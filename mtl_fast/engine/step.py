@@ -2,73 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.store import ImageStore
 from ..episodes import Episodes
-from ..kernels.contracts import EffectiveWeights
-from ..nn.encoder import Encoder, Statistics
-from ..nn.linear_head import LinearHead
+from ..nn.encoder import Embeddings, Encoder, Statistics
 from ..nn.scale_shift import interleave
 from ..ops.base_learner import base_learner
-from ..ops.images import images
-from .ranks import ALONE, Ranks
-
-NormMode = Literal["frozen", "episode", "running"]
-Order = Literal["first", "second"]
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How rows of a store become network input: (image − mean)/std, channels-last.
-
-    Attributes:
-        mean, std: per channel, of 255.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(
-        self,
-        store: ImageStore,
-        rows: Tensor,
-        dtype: torch.dtype = torch.float32,
-        mirrored: Tensor | None = None,
-    ) -> Tensor:
-        """Rows [B] of the store → [B, 3, H, W], those of `mirrored` (bool [B]) left to right."""
-        device = store.images.device
-        mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
-        return images(store.images, rows, mean=mean, std=std, flip=mirrored, dtype=dtype)
-
-
-class StepOutput(NamedTuple):
-    """Mean query loss [T] and query accuracy of each class [T, n_way], after the inner loop."""
-
-    loss: Tensor
-    class_accuracy: Tensor
-
-
-def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """Query accuracy of each class, [T, n_way]; queries are class-major, as `Episodes` holds them."""
-    correct = (logits.argmax(dim=-1) == labels).to(torch.float32)
-    return correct.view(len(labels), n_way, labels.shape[1] // n_way).mean(dim=-1)
-
-
-def require_evaluation_mode(encoder: Encoder) -> None:
-    """Dropout belongs to pre-training: an encoder that still has it on would embed an image anew each time."""
-    if encoder.training and encoder.dropout:
-        raise ValueError(
-            f"encoder: is in training mode, with dropout {encoder.dropout}; call encoder.eval() first"
-        )
+from .base import Engine, NormMode, StepOutput, Weights, images_of_splits
 
 
 def _warn_of_what_cancels(encoder: Encoder, norm: NormMode) -> None:
@@ -88,139 +32,88 @@ def _warn_of_what_cancels(encoder: Encoder, norm: NormMode) -> None:
 
 
 @dataclass
-class Engine(ABC):
-    """Runs episodes through encoder and inner loop and accumulates the meta-gradients; a subclass is an inner loop.
-
-    The gradient is that of the mean query loss over the step's tasks and reaches whatever parameters of
-    encoder and head require one: Φ (scaling and shifting), or the weights themselves (fine-tuning), and θ.
-    The result does not depend on `images_per_chunk` but for rounding.
-
-    Attributes:
-        encoder, head: Θ with Φ, in evaluation mode, and θ.
-        store, preprocess: where the images come from.
-        norm: ``frozen``, ``episode`` or ``running``; the last moves the running averages.
-        order: ``first`` treats θ' as θ minus constants; ``second`` differentiates through all inner steps.
-        inner_lr, inner_steps: β and T of the inner loop.
-        images_per_chunk: bounds the images in flight; a chunk is as many whole tasks as fit, at least one.
-        ranks: the processes among which the tasks of a step are shared out; all have the same parameters.
-    """
-
-    encoder: Encoder
-    head: LinearHead
-    store: ImageStore
-    preprocess: Preprocess
-    norm: NormMode = "frozen"
-    order: Order = "second"
-    inner_lr: float = 0.05
-    inner_steps: int = 20
-    images_per_chunk: int | None = None
-    ranks: Ranks = ALONE
-
-    def __post_init__(self) -> None:
-        if self.norm not in ("frozen", "episode", "running"):
-            raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
-        if self.order not in ("first", "second"):
-            raise ValueError(f"order: {self.order!r} is neither first nor second")
-
-    def step(self, episodes: Episodes) -> StepOutput:
-        """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back.
-
-        With several ranks `episodes` are all tasks of the step, the same on each; so is the result.
-        """
-        require_evaluation_mode(self.encoder)
-        ranks, n_tasks = self.ranks, episodes.n_tasks
-        per_task = episodes.support.shape[1] + episodes.query.shape[1]
-        chunk = n_tasks if self.images_per_chunk is None else max(1, self.images_per_chunk // per_task)
-        weights = self._refresh()
-        learned = [p for m in (self.encoder, self.head) for p in m.parameters() if p.requires_grad]
-        losses, statistics = [self.head.weight.new_empty(0)], list[Statistics]()
-        accuracies = [losses[0].new_empty(0, episodes.n_way, dtype=torch.float32)]
-        with ranks.summing(learned) as along:
-            for part in episodes[ranks.share(n_tasks)].chunks(chunk):
-                logits, moments = self._logits(part, weights)
-                loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
-                task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
-                (task_loss.sum() / n_tasks).backward()
-                losses.append(task_loss.detach())
-                accuracies.append(class_accuracy(logits.detach(), part.query_labels, part.n_way))
-                statistics.append(moments)
-            output = StepOutput(*(ranks.spread(torch.cat(parts), n_tasks) for parts in (losses, accuracies)))
-            running = self._in_task_order(statistics, n_tasks) if self.norm == "running" else Statistics()
-            along += [*output, *(tensor for moments in running for tensor in moments)]
-        if running:
-            self.encoder.update_running(running)
-        return output
-
-    def query_logits(
-        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...] | None = None
-    ) -> Tensor:
-        """Logits [T, n_query, n_way] of the query images after the inner loop, with the graph of `order`.
-
-        Args:
-            episodes: T tasks, embedded together.
-            weights: this meta-step's effective weights; None computes them.
-        """
-        logits, statistics = self._logits(episodes, self._refresh() if weights is None else weights)
-        if statistics:
-            self.encoder.update_running(statistics)
-        return logits
-
-    @property
-    @abstractmethod
-    def _n_passes(self) -> int:
-        """How many groups of images of each task move the running averages."""
-
-    @abstractmethod
-    def _logits(
-        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
-    ) -> tuple[Tensor, Statistics]:
-        """`query_logits`, and the statistics that move the running averages: none but with that norm."""
-
-    def _refresh(self) -> tuple[EffectiveWeights | None, ...]:
-        return self.encoder.refresh(fold=self.norm == "frozen")
-
-    def _in_task_order(self, parts: list[Statistics], n_tasks: int) -> Statistics:
-        """Statistics of this rank's tasks, chunk after chunk → at their place among those of all tasks."""
-        whole = []
-        for i, norm in enumerate(self.encoder.norms()):
-            nothing = norm.running_mean.new_empty(0, len(norm.running_mean))
-            layer = [(nothing, nothing, nothing[:, 0]), *(part[i] for part in parts)]
-            # Some groups a task, [k·P, …] → [k, P, …] → [T·P, …]
-            mean, var, count = (
-                self.ranks.spread(torch.cat(column).unflatten(0, (-1, self._n_passes)), n_tasks).flatten(0, 1)
-                for column in zip(*layer, strict=True)
-            )
-            whole.append((mean, var, count))
-        return whole
-
-
-@dataclass
 class EpisodicEngine(Engine):
     """The inner loop of MTL: the head alone is fitted, on features that the encoder gives once.
 
+    A task that does not fit `images_per_chunk` alone is embedded twice: without a graph, then piece by piece against
+    the gradient of its embeddings. A piece is that many images, or with batch statistics a whole split, which is
+    then the least that can be given. `running` averages take the query split first.
+
     Attributes:
-        backend: of the base-learner; the others are `Engine`'s. `running` averages take the query split first.
+        backend: of the base-learner.
+        encoder_dtype: of images and activations; None is the head's. Φ, the effective weights as they are
+            computed, batch statistics, Gram matrix, logits and gradients keep the parameters' dtype. The other
+            attributes are `Engine`'s.
     """
 
     backend: str = "auto"
+    encoder_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm != "frozen" and self.ranks.first:
             _warn_of_what_cancels(self.encoder, self.norm)
 
+    def query_logits(self, episodes: Episodes, weights: Weights | None = None) -> Tensor:
+        weights = self._refresh() if weights is None else weights
+        embedded = [
+            self._embed(rows, episodes.n_tasks, weights, graph) for rows, graph in self._rows(episodes)
+        ]
+        if self.norm == "running":
+            self.encoder.update_running(interleave(*(e.statistics for e in embedded)))
+        return self._logits(episodes, [e.features for e in embedded])
+
+    def smallest_chunk(self, n_support: int, n_query: int) -> int:
+        """The least `images_per_chunk` for tasks of so many images: batch statistics take whole splits."""
+        return 1 if self.norm == "frozen" else max(n_support, n_query)
+
     @property
     def _n_passes(self) -> int:
         return 2
 
-    def _logits(
-        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
-    ) -> tuple[Tensor, Statistics]:
-        support, query, statistics = self._embed(episodes, weights)
-        logits = base_learner(
-            support.unflatten(0, (episodes.n_tasks, -1)),
-            episodes.support_labels,
-            query.unflatten(0, (episodes.n_tasks, -1)),
+    def _take(self, part: Episodes, weights: Weights, n_tasks: int) -> tuple[StepOutput, Statistics]:
+        in_pieces = self.images_per_chunk is not None and sum(images_of_splits(part)) > self.images_per_chunk
+        embed = self._embed_in_pieces if in_pieces else self._embed
+        rows = self._rows(part)
+        embedded = [embed(r, part.n_tasks, weights, graph) for r, graph in rows]
+        trains = any(p.requires_grad for p in self.encoder.parameters())
+        # The graph is cut here: the inner loop's backward gives the gradient of the features.
+        leaves = [
+            e.features.detach().requires_grad_(graph and trains)
+            for e, (_, graph) in zip(embedded, rows, strict=True)
+        ]
+        with self.spans("inner loop"):
+            output = self._scored(self._logits(part, leaves), part, n_tasks)
+        for (r, _), whole, leaf in zip(rows, embedded, leaves, strict=True):
+            if leaf.grad is None:
+                continue
+            if not in_pieces:
+                self._back(whole.features, leaf.grad)
+                continue
+            pieces = self._pieces(r)
+            gradients = leaf.grad.split([len(piece) for piece in pieces])
+            for piece, gradient in zip(pieces, gradients, strict=True):
+                self._back(self._embed(piece, part.n_tasks, weights, graph=True).features, gradient)
+        if self.norm != "running":
+            return output, []
+        return output, interleave(*(e.statistics for e in embedded))
+
+    def _back(self, features: Tensor, gradient: Tensor) -> None:
+        """From the gradient of the features to that of the encoder's parameters."""
+        if features.requires_grad:
+            with self.spans("encoder"):
+                features.backward(gradient)
+
+    def _logits(self, part: Episodes, features: list[Tensor]) -> Tensor:
+        """[T·n, D] features in the order of `_rows` → query logits [T, n_query, n_way]."""
+        if len(features) == 1:
+            support, query = features[0].split([part.support.numel(), part.query.numel()])
+        else:
+            query, support = features
+        return base_learner(
+            support.unflatten(0, (part.n_tasks, -1)),
+            part.support_labels,
+            query.unflatten(0, (part.n_tasks, -1)),
             self.head.weight,
             self.head.bias,
             inner_lr=self.inner_lr,
@@ -228,29 +121,31 @@ class EpisodicEngine(Engine):
             order=self.order,
             backend=self.backend,
         )
-        return logits, statistics
 
-    def _embed(
-        self, episodes: Episodes, weights: tuple[EffectiveWeights | None, ...]
-    ) -> tuple[Tensor, Tensor, Statistics]:
-        """Features of all support and all query images, [T·n, D] each, and what moves the running averages."""
-        encoder, n_groups = self.encoder, 0 if self.norm == "frozen" else episodes.n_tasks
-        rows = [episodes.support.flatten(), episodes.query.flatten()]
-        dtype = self.head.weight.dtype
+    def _rows(self, part: Episodes) -> list[tuple[Tensor, bool]]:
+        """Rows that are embedded together, and whether with a graph: query and support, or both in one."""
+        query, support = part.query.flatten(), part.support.flatten()
+        if self.norm == "frozen" and self.order == "second":
+            return [(torch.cat([support, query]), True)]
         # First order needs no derivative of the support features, hence no graph for them.
-        without_graph = torch.no_grad() if self.order == "first" else contextlib.nullcontext()
-        if n_groups == 0 and self.order == "second":
-            both = self.preprocess(self.store, torch.cat(rows), dtype)
-            support, query = encoder.embed(both, weights=weights).features.split([len(r) for r in rows])
-            return support, query, []
-        query, query_statistics = encoder.embed(
-            self.preprocess(self.store, rows[1], dtype), n_groups=n_groups, weights=weights
-        )
-        with without_graph:
-            support, support_statistics = encoder.embed(
-                self.preprocess(self.store, rows[0], dtype), n_groups=n_groups, weights=weights
-            )
-        if self.norm != "running":
-            return support, query, []
-        # In task order, each task's query split before its support split.
-        return support, query, interleave(query_statistics, support_statistics)
+        return [(query, True), (support, self.order == "second")]
+
+    def _embed(self, rows: Tensor, n_tasks: int, weights: Weights, graph: bool) -> Embeddings:
+        """Rows [B] of the store, of `n_tasks` tasks, → features [B, D] in the head's dtype, and statistics."""
+        dtype = self.head.weight.dtype
+        with self.spans("data"):
+            images = self.preprocess(self.store, rows, self.encoder_dtype or dtype)
+        with self.spans("encoder"), torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+            n_groups = 0 if self.norm == "frozen" else n_tasks
+            features, statistics = self.encoder.embed(images, n_groups=n_groups, weights=weights)
+            return Embeddings(features.to(dtype), statistics)
+
+    def _embed_in_pieces(self, rows: Tensor, n_tasks: int, weights: Weights, graph: bool) -> Embeddings:
+        """`_embed` of rows that may not be in flight together, without a graph whatever `graph` says."""
+        parts = [self._embed(piece, n_tasks, weights, graph=False) for piece in self._pieces(rows)]
+        return Embeddings(torch.cat([p.features for p in parts]), parts[0].statistics)
+
+    def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows that may be in flight together; batch statistics are those of a whole split."""
+        assert self.images_per_chunk is not None
+        return rows.split(self.images_per_chunk) if self.norm == "frozen" else (rows,)

@@ -48,7 +48,8 @@ def ss_conv(
     Gradients reach x, Φ_S1, Φ_S2, the residual; weight, bias and the affine of the norm if they require one.
 
     Args:
-        x: [N, I, H, W] floating, channels-last preferred.
+        x: [N, I, H, W] floating, channels-last preferred. Half types take weights of a wider dtype: the effective
+            weights are computed in theirs and rounded once.
         conv: the layer's tensors; `conv.norm`, if any, uses its stored statistics. `conv.effective` must be
             this layer's `effective_weights`; it serves where no gradient of Φ is asked for.
         epilogue: what follows; by default nothing.

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import PretrainConfig
+from ..data.residency import Gathered, gathered, moved
 from ..data.store import ImageStore
-from ..engine.step import Preprocess
+from ..engine.inputs import Preprocess, filled
 from ..ops.images import images
 
 
 def augmented(
-    store: ImageStore,
+    store: ImageStore | Gathered,
     rows: Tensor,
     preprocess: Preprocess,
     config: PretrainConfig,
@@ -32,20 +33,22 @@ def augmented(
         generator: the augmentation stream, on the CPU; it draws the same numbers whatever the device.
         share: the part of the batch to return; the numbers are drawn for all of it.
     """
-    n, device = len(rows), store.images.device
-    height, width = store.image_size
-    flip = torch.rand(n, generator=generator).lt(0.5)[share].to(device) if config.flip else None
+    n = len(rows)
+    source, rows = gathered(store, rows[share])
+    device = source.device
+    height, width = source.shape[1:3]
+    flip = moved(torch.rand(n, generator=generator).lt(0.5)[share], device) if config.flip else None
     plain = config.jitter == 0 and config.crop != "resized"
     mean, std = (preprocess.mean, preprocess.std) if plain else ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
     crop, padding = None, 0
     if config.crop == "shift":
         padding = height // 8
-        crop = torch.randint(2 * padding + 1, (n, 2), generator=generator)[share].to(device)
+        crop = moved(torch.randint(2 * padding + 1, (n, 2), generator=generator)[share], device)
     x = images(
-        store.images,
-        rows[share],
-        mean=torch.tensor(mean, device=device),
-        std=torch.tensor(std, device=device),
+        source,
+        rows,
+        mean=filled(mean, device),
+        std=filled(std, device),
         crop=crop,
         size=(height, width),
         padding=padding,
@@ -58,8 +61,7 @@ def augmented(
     if config.jitter:
         x = colour_jitter(x, config.jitter, torch.rand(3, n, generator=generator)[:, share])
     centre, spread = (
-        torch.tensor(values, device=device).view(3, 1, 1) / 255
-        for values in (preprocess.mean, preprocess.std)
+        filled(values, device).view(3, 1, 1) / 255 for values in (preprocess.mean, preprocess.std)
     )
     return ((x - centre) / spread).contiguous(memory_format=torch.channels_last)
 
@@ -80,7 +82,7 @@ def resized_crop(x: Tensor, u: Tensor) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = wide, high
     # Centres in [−1, 1] such that the box stays inside.
     theta[:, 0, 2], theta[:, 1, 2] = (2 * u[:, 2] - 1) * (1 - wide), (2 * u[:, 3] - 1) * (1 - high)
-    grid = F.affine_grid(theta.to(x.device, x.dtype), list(x.shape), align_corners=False)
+    grid = F.affine_grid(moved(theta, x.device).to(x.dtype), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -93,8 +95,8 @@ def colour_jitter(x: Tensor, strength: float, u: Tensor) -> Tensor:
         u: [3, B] uniform in [0, 1), on the CPU.
     """
     factors = 1 + strength * (2 * u.view(3, -1, 1, 1, 1) - 1)
-    brightness, contrast, saturation = factors.to(x.device, x.dtype)
-    weights = x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    brightness, contrast, saturation = moved(factors, x.device).to(x.dtype)
+    weights = filled((0.299, 0.587, 0.114), x.device).to(x.dtype).view(3, 1, 1)
     x = (x * brightness).clamp(0, 1)
     grey = (x * weights).sum(dim=1, keepdim=True)
     middle = grey.mean(dim=(2, 3), keepdim=True)

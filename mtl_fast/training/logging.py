@@ -88,9 +88,9 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         self._progress.show({name: value for name, value in numbers.items() if name != "step"})
 
-    def advance(self, step: int) -> None:
-        """Says that the run has done `step` steps in all."""
-        self._progress.advance(step)
+    def advance(self, step: int, pace: str = "") -> None:
+        """Says that the run has done `step` steps in all, and how fast; the pace is no part of the CSV."""
+        self._progress.advance(step, pace)
 
     def say(self, text: str) -> None:
         """A line of its own on the progress stream."""
@@ -140,7 +140,7 @@ class NoLog(RunLog):
     def row(self, step: int, **values: Value) -> None:
         """Drops the row."""
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, pace: str = "") -> None:
         """Shows nothing."""
 
     def say(self, text: str) -> None:
@@ -177,6 +177,10 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _listed(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in numbers.items())
+
+
 def duration(seconds: float) -> str:
     """``7 s``, ``3:05`` or ``1:02:07``."""
     whole = round(seconds)
@@ -194,15 +198,17 @@ class _Bar:
 
         self._stream = stream
         self._tqdm = tqdm
+        self._numbers = ""
         # The rate is smoothed over the last steps, so that remaining time follows a change of pace.
         self._bar = tqdm(
             total=total, initial=step, desc=phase, unit=unit, file=stream, dynamic_ncols=True, smoothing=0.1
         )
 
     def show(self, numbers: dict[str, float]) -> None:
-        self._bar.set_postfix_str(", ".join(f"{k} {_number(v)}" for k, v in numbers.items()), refresh=False)
+        self._numbers = _listed(numbers)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, pace: str) -> None:
+        self._bar.set_postfix_str(", ".join(filter(None, (self._numbers, pace))), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
@@ -229,14 +235,14 @@ class _Lines:
         self._quiet, self._clock = quiet, clock
         self._first = self._step = self._said = step
         self._started = self._spoke = clock()
-        self._numbers = ""
+        self._numbers = self._pace = ""
         self._closed = False
 
     def show(self, numbers: dict[str, float]) -> None:
-        self._numbers = ", ".join(f"{name} {_number(value)}" for name, value in numbers.items())
+        self._numbers = _listed(numbers)
 
-    def advance(self, step: int) -> None:
-        self._step = step
+    def advance(self, step: int, pace: str) -> None:
+        self._step, self._pace = step, pace
         if self._clock() - self._spoke >= self._quiet:
             self._speak()
 
@@ -262,6 +268,4 @@ class _Lines:
             parts.append(f"{duration((self._total - self._step) / rate)} left")
         else:
             parts.append(f"{duration(elapsed)}")
-        if self._numbers:
-            parts.append(self._numbers)
-        self.say(", ".join(parts))
+        self.say(", ".join(filter(None, (*parts, self._numbers, self._pace))))

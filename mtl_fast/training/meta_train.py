@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, MetaConfig
+from ..config import Config
+from ..data.residency import Gathered
 from ..data.store import ImageStore
+from ..engine.base import Engine, StepOutput
+from ..engine.capture import N_WARM_UP, capture
 from ..engine.evaluate import evaluate
 from ..engine.inner_loops import WholeNetworkEngine
+from ..engine.memory import bytes_per_image, free_memory, images_in_flight, in_words
 from ..engine.ranks import ALONE, Ranks
-from ..engine.step import Engine, EpisodicEngine
+from ..engine.step import EpisodicEngine
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
 from . import checkpoint
 from .logging import RunLog
+from .meta_checks import check_normalisation, check_random_start, check_rounds, check_statistics
+from .meta_update import adam, guarded_step, set_rates
 from .models import (
     Model,
     architecture,
@@ -31,8 +37,10 @@ from .models import (
     new_head,
     weights_of,
 )
+from .pace import N_TRACED
 from .phase import Phase
 from .pretrain import validation_episodes
+from .ranks import common_free_memory
 from .statistics import mean_interval
 
 
@@ -49,10 +57,13 @@ class MetaTraining(Phase):
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
-        ranks: the processes that share out the tasks of an update.
+        ranks: the processes that share out the tasks of an update. With several, no step is captured: they exchange
+            gradients in the middle of it.
+        profile: write ``profile.json``, a trace of the first updates.
     """
 
-    name, command, kind = "meta-training", "meta-train", "meta"
+    name, command, kind, counts = "meta-training", "meta-train", "meta", "tasks"
+    lighter = "give a smaller --meta.images-per-chunk"
     reports_start = True  # the curve begins with the pre-trained network
 
     def __init__(
@@ -65,9 +76,11 @@ class MetaTraining(Phase):
         train: ImageStore | None = None,
         val: ImageStore | None = None,
         ranks: Ranks = ALONE,
+        profile: bool = False,
     ) -> None:
+        free = common_free_memory(ranks)
         with ranks.together():
-            self._prepare(config, pretrained, train, val, ranks)
+            self._prepare(config, pretrained, train, val, ranks, profile, free)
         self._open(output, resume=resume, inputs=self.inputs)
 
     def _prepare(
@@ -77,11 +90,13 @@ class MetaTraining(Phase):
         train: ImageStore | None,
         val: ImageStore | None,
         ranks: Ranks,
+        profile: bool,
+        free: int | None,
     ) -> None:
         check_rounds(config.meta)
         if pretrained is None:
             check_random_start(config.meta)
-        super().__init__(config, train, val, ranks)
+        super().__init__(config, train, val, ranks, profile=profile, free=free)
         self.meta = config.meta
         if pretrained is None:
             initial = self.streams.stream("initial")
@@ -100,7 +115,7 @@ class MetaTraining(Phase):
         }
         self.head = new_head(config, self.encoder, self.streams).to(self.device)
         self.moved = learnable(self.encoder, config)
-        self.optimizer = _adam(self.meta, self.moved, list(self.head.parameters()))
+        self.optimizer = adam(self.meta, self.moved, list(self.head.parameters()))
         shape = config.episodes
         self.sampler = EpisodeSampler(
             self.train,
@@ -113,8 +128,14 @@ class MetaTraining(Phase):
         if self.meta.hard != "none":
             self.pool = HardTaskPool(self.sampler, self.meta.hard, self.streams.stream("hard_tasks"))
         self.engine = self._new_engine(ranks)
+        self.engine.require_whole_splits(*self._images_of_splits)
+        # What is traced is not replayed, so that the trace shows its ranges.
+        n_plain = N_WARM_UP + (N_TRACED + 1) * profile
+        captured = ranks.alone and config.inner.adapt == "head"
+        self._step = capture(self._train_on, self.device, n_plain) if captured else self._train_on
         self.validation = validation_episodes(config, self.val, self.meta.validation_tasks)
         self.total = self.meta.n_tasks // self.meta.tasks_per_update
+        self.coming: deque[Episodes] = deque()  # drawn, an update each, and not yet trained on
         self.sums = torch.zeros(3, device=self.device)  # loss, accuracy, updates since the last log row
         self.all_finite = torch.ones((), dtype=torch.bool, device=self.device)
 
@@ -126,34 +147,125 @@ class MetaTraining(Phase):
             "inner_lr": inner.lr,
             "inner_steps": inner.train_steps,
             "images_per_chunk": self.meta.images_per_chunk,
+            "spans": self.spans,
             "ranks": ranks,
         }
         if inner.adapt == "all":
             return WholeNetworkEngine(*parts, **options, checkpoint=inner.checkpoint)
-        return EpisodicEngine(*parts, **options)
+        return EpisodicEngine(
+            *parts,
+            **options,
+            encoder_dtype=self.encoder_dtype,
+            loss_scale=None if self.loss_scale is None else self.loss_scale.scale,
+        )
 
     def next_episodes(self) -> tuple[Episodes, bool]:
         """The tasks of the next update, and whether they are hard ones."""
-        per_update = self.meta.tasks_per_update
+        n_left, hard = self._left_of_part()
+        if not self.coming:
+            # Images in host memory: all tasks until the pool is next asked are drawn and read back at once.
+            n_updates = 1 if self.ahead is None else n_left
+            source = self.pool if hard and self.pool is not None else self.sampler
+            per_update = self.meta.tasks_per_update
+            drawn = source.sample(n_updates * per_update)
+            self.coming.extend([drawn] if n_updates == 1 else drawn.chunks(per_update))
+        if self.ahead is not None and not len(self.ahead):
+            rows = torch.stack([self._own(episodes).in_order()[0] for episodes in self.coming])
+            self.ahead.submit(rows.cpu())
+        return self.coming.popleft(), hard
+
+    def _own(self, episodes: Episodes) -> Episodes:
+        """This rank's share of the tasks."""
+        return episodes[self.ranks.share(episodes.n_tasks)]
+
+    def _left_of_part(self) -> tuple[int, bool]:
+        """Updates until the random or the hard part of this round, or the run, ends; whether it is the hard one."""
+        n_left = self.total - self.update
         if self.pool is None:
-            return self.sampler.sample(per_update), False
-        n_random = self.meta.random_tasks_per_round // per_update
-        n_hard = self.meta.hard_tasks_per_round // per_update
-        hard = self.update % (n_random + n_hard) >= n_random
-        return (self.pool if hard else self.sampler).sample(per_update), hard
+            return min(n_left, max(1, self.meta.random_tasks_per_round // self.meta.tasks_per_update)), False
+        n_random = self.meta.random_tasks_per_round // self.meta.tasks_per_update
+        place = self.update % self._updates_per_round
+        hard = place >= n_random
+        return min(n_left, (self._updates_per_round if hard else n_random) - place), hard
 
     def _update(self) -> None:
-        episodes, hard = self.next_episodes()
-        self.optimizer.zero_grad(set_to_none=True)
-        output = self.engine.step(episodes)
-        if self.pool is not None and not hard:
-            self.pool.add(episodes, output.class_accuracy)
+        with self.spans("data"):
+            episodes, hard = self.next_episodes()
+            tensors = tuple(vars(episodes).values())
+            if self.ahead is not None:
+                own = vars(self._own(episodes).in_order()[1]).values()
+                tensors = (*(self.ranks.spread(t, episodes.n_tasks) for t in own), self.ahead.next())
         set_rates(self.optimizer, self.meta, self.update)
-        self.all_finite &= guarded_step(self.optimizer, output.loss.isfinite().all())
-        self.sums += torch.stack([output.loss.mean(), output.class_accuracy.mean(), self.sums.new_ones(())])
+        output = StepOutput(*self._step(*tensors))
+        if self.pool is not None and not hard:
+            with self.spans("data"):
+                self.pool.add(episodes, output.class_accuracy)
         self.update += 1
         if self.pool is not None and self.update % self._updates_per_round == 0:
             self.pool.clear()
+
+    def _train_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The step and its optimiser; asks the device for nothing.
+
+        Args:
+            tensors: the five of `Episodes`; then, where the store is in host memory, the images that this rank's share
+                of them are rows of.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ahead is not None:
+            self.engine.store = Gathered(tensors[-1])
+        output = self.engine.step(Episodes(*tensors[:5]))
+        with self.spans("optimiser"):
+            finite = output.loss.isfinite().all()
+            if self.loss_scale is None:
+                self.all_finite &= guarded_step(self.optimizer, finite)
+            else:
+                # A gradient that overflowed is what the scale is for; a loss that did is not.
+                self.loss_scale.update(guarded_step(self.optimizer, finite, self.loss_scale.scale))
+                self.all_finite &= finite & self.loss_scale.is_useful()
+            means = [output.loss.mean(), output.class_accuracy.mean(), self.sums.new_ones(())]
+            self.sums += torch.stack(means)
+        return tuple(output)
+
+    @property
+    def _n_items(self) -> int:
+        return self.meta.tasks_per_update
+
+    @property
+    def _images_of_splits(self) -> tuple[int, int]:
+        """Support and query images of a task."""
+        return self.sampler.n_way * self.sampler.n_shot, self.sampler.n_way * self.sampler.n_query
+
+    def _begin(self, log: RunLog) -> None:
+        super()._begin(log)
+        # What a rank says of its own memory is not the first one's to say.
+        if self.ranks.first:
+            self.engine.say = log.say
+        if self.engine.images_per_chunk is None:
+            self.engine.images_per_chunk = self._images_per_chunk(log)
+
+    def _images_per_chunk(self, log: RunLog) -> int:
+        """The default: for the memory that is free now; a resumed run keeps the one that it began with.
+
+        Ranks on CPUs count as sharing one memory, and all take what the least of them can.
+        """
+        n_groups = 0 if self.meta.norm == "frozen" else 1
+        dtype = self.encoder_dtype or self.head.weight.dtype
+        per_image = bytes_per_image(self.encoder, self.image_size, dtype, n_groups=n_groups)
+        ranks = self.ranks
+        n_images = -(-self.meta.tasks_per_update // ranks.size) * sum(self._images_of_splits)
+        free = free_memory(self.device)
+        if free is not None and self.device.type == "cpu":
+            free //= ranks.size
+        least = self.engine.smallest_chunk(*self._images_of_splits)
+        found = min(ranks.gather_objects(images_in_flight(n_images, least, per_image, free)))
+        whose = "an update's" if ranks.alone else "a rank's"
+        memory = "unknown free memory" if free is None else f"{in_words(free)} free"
+        log.say(
+            f"images in flight: {min(found, n_images)} of {whose} {n_images} "
+            f"({memory}, about {in_words(per_image)} an image; --meta.images-per-chunk {found})"
+        )
+        return found
 
     @property
     def _updates_per_round(self) -> int:
@@ -206,122 +318,26 @@ class MetaTraining(Phase):
         return {"tasks": self.best_update * self.meta.tasks_per_update}
 
     def _loop_state(self) -> dict[str, dict[str, Tensor]]:
-        return {"loop": {"sums": self.sums}, "pool": {} if self.pool is None else self.pool.state_dict()}
+        drawn = [
+            torch.stack(tensors) for tensors in zip(*(vars(e).values() for e in self.coming), strict=True)
+        ]
+        return {
+            "loop": {"sums": self.sums},
+            "pool": {} if self.pool is None else self.pool.state_dict(),
+            "coming": {str(i): tensor for i, tensor in enumerate(drawn)},
+        }
+
+    def _loop_facts(self) -> dict[str, Any]:
+        return {"images_per_chunk": self.engine.images_per_chunk}
 
     def _load_loop_state(self) -> None:
+        self.engine.images_per_chunk = self.folder.meta["images_per_chunk"]
         self.sums = self.folder.section("loop")["sums"].to(self.device)
         if self.pool is not None:
             self.pool.load_state_dict(self.folder.section("pool"))
-
-
-def check_rounds(meta: MetaConfig) -> None:
-    """K, K' and the number of tasks divide into updates.
-
-    Raises:
-        InputError: one does not; both numbers are named.
-    """
-    counts = {"n_tasks": meta.n_tasks}
-    if meta.hard != "none":
-        counts |= {
-            "random_tasks_per_round": meta.random_tasks_per_round,
-            "hard_tasks_per_round": meta.hard_tasks_per_round,
-        }
-    if meta.tasks_per_update < 1:
-        raise InputError(f"--meta.tasks-per-update is {meta.tasks_per_update}; it must be at least 1")
-    for name, value in counts.items():
-        if value < 1 or value % meta.tasks_per_update:
-            raise InputError(
-                f"--meta.{name.replace('_', '-')} is {value}, which is no positive multiple of "
-                f"--meta.tasks-per-update {meta.tasks_per_update}"
-            )
-
-
-def check_random_start(meta: MetaConfig) -> None:
-    """Meta-training without a pre-trained network learns all weights, with batch statistics.
-
-    Raises:
-        InputError: it would learn only a part of a random network, or use statistics that nobody took.
-    """
-    if meta.learn != "weights" or meta.last_block_only or meta.norm != "episode":
-        raise InputError(
-            "--pretrained is missing: only --meta.learn weights of all blocks with --meta.norm episode starts from "
-            "random weights (such as --preset maml); `mtl-fast pretrain` makes a model file"
-        )
-
-
-def check_normalisation(config: Config, pretrained: Model) -> None:
-    """Images enter the network as they did in its pre-training.
-
-    Raises:
-        InputError: mean or standard deviation differ.
-    """
-    for name in ("mean", "std"):
-        there, here = getattr(pretrained.config.data, name), getattr(config.data, name)
-        if there != here:
-            raise InputError(
-                f"{pretrained.path}: was pre-trained with --data.{name} {' '.join(map(str, there))}, not "
-                f"{' '.join(map(str, here))}; give the same, or the same --preset"
-            )
-
-
-def check_statistics(meta: MetaConfig, pretrained: Model) -> None:
-    """`frozen` norms have statistics to freeze.
-
-    Raises:
-        InputError: the encoder was imported without any.
-    """
-    if meta.norm == "frozen" and not pretrained.stored_statistics:
-        raise InputError(
-            f"{pretrained.path}: was imported without running statistics, which --meta.norm frozen needs; give "
-            "--meta.norm episode"
-        )
-
-
-def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -> None:
-    """Both rates, halved every `decay_every` updates down to the floor (a rate below the floor stays)."""
-    for group in optimizer.param_groups:
-        start = group["start_lr"]
-        group["lr"] = max(start * 0.5 ** (update // meta.decay_every), min(meta.lr_floor, start))
-
-
-@torch.no_grad()
-def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> Tensor:
-    """A step that leaves parameters and state as they were where a loss or a gradient is not finite.
-
-    Args:
-        optimizer: Adam, or another whose state begins at zeros and is changed in place.
-        finite: bool scalar, whether the losses are; nothing is read back.
-
-    Returns:
-        bool scalar: whether the gradients are finite as well and the step was taken.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    finite = torch.stack([finite, *(gradient.isfinite().all() for gradient in gradients)]).all()
-
-    def tensors() -> Iterator[Tensor]:
-        for p in parameters:
-            yield p
-            yield from (value for value in optimizer.state[p].values() if isinstance(value, Tensor))
-
-    before = {id(tensor): tensor.clone() for tensor in tensors()}
-    for gradient in gradients:  # else the moments would take the NaN up
-        gradient.copy_(torch.where(finite, gradient, 0))
-    optimizer.step()
-    for tensor in tensors():
-        if tensor.device == finite.device:  # a GPU's step counters are the host's, which must not wait for it
-            old = before.get(id(tensor))  # None: the first step made it, from zeros
-            tensor.copy_(torch.where(finite, tensor, 0 if old is None else old))
-    return finite
-
-
-def _adam(
-    meta: MetaConfig, moved: list[torch.nn.Parameter], head: list[torch.nn.Parameter]
-) -> torch.optim.Adam:
-    groups = [{"params": head, "start_lr": meta.head_lr}]
-    if moved:
-        groups.insert(0, {"params": moved, "start_lr": meta.lr})
-    return torch.optim.Adam(groups)
+        drawn = self.folder.section("coming")
+        stacked = [drawn[str(i)].to(self.device) for i in range(len(drawn))]
+        self.coming.extend(Episodes(*tensors) for tensors in zip(*stacked, strict=True))
 
 
 def meta_train(
@@ -331,13 +347,14 @@ def meta_train(
     *,
     resume: bool = False,
     ranks: Ranks = ALONE,
+    profile: bool = False,
 ) -> Path:
     """Meta-trains from a pre-trained model file (None: from random weights) as `config` says; returns the model file.
 
     See `MetaTraining`.
     """
     if pretrained is None:
-        return MetaTraining(config, None, output, resume=resume, ranks=ranks).run()
+        return MetaTraining(config, None, output, resume=resume, ranks=ranks, profile=profile).run()
     with ranks.together():
         model = load_model(pretrained, kind="pretrained")
     # The network is the pre-trained one, whatever the recipe's default.
@@ -345,4 +362,4 @@ def meta_train(
         config,
         encoder=replace(model.config.encoder, shortcut_scale_shift=config.encoder.shortcut_scale_shift),
     )
-    return MetaTraining(config, model, output, resume=resume, ranks=ranks).run()
+    return MetaTraining(config, model, output, resume=resume, ranks=ranks, profile=profile).run()

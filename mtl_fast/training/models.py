@@ -14,7 +14,8 @@ from torch import Tensor
 from ..config import Config, EncoderConfig
 from ..data import load_split
 from ..data.store import ImageStore
-from ..engine.step import NormMode, Preprocess
+from ..engine.base import NormMode
+from ..engine.inputs import Preprocess
 from ..errors import InputError
 from ..nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
 from ..random_streams import RandomStreams
@@ -106,6 +107,14 @@ def device_of(config: Config) -> torch.device:
             f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
         )
     return device
+
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def encoder_dtype(config: Config) -> torch.dtype | None:
+    """Of images and activations in training; None is the parameters'."""
+    return _DTYPES[config.precision]
 
 
 def square_size(train: ImageStore, val: ImageStore) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +13,27 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import load_split
+from ..data.residency import Ahead, placed
 from ..data.store import ImageStore
+from ..engine.memory import free_memory, in_words
 from ..engine.ranks import ALONE, Ranks
+from ..engine.spans import WHOLE, Spans
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
 from ..random_streams import RandomStreams
 from . import checkpoint
 from .logging import NoLog, RunLog
-from .models import device_of, load_weights, preprocess_of, save_model, square_size, weights_of
+from .meta_update import LossScale, keep_on_device
+from .models import (
+    device_of,
+    encoder_dtype,
+    load_weights,
+    preprocess_of,
+    save_model,
+    square_size,
+    weights_of,
+)
+from .pace import Pace, StepTrace
 from .ranks import require_same_start, require_same_state
 from .run import RunFolder, prefixed, stop_on_ctrl_c, tell_of_missing_kernels
 
@@ -32,11 +47,15 @@ class Phase(ABC):
         config: settings.
         train, val: the splits; None loads them from `config.data.source`.
         ranks: the processes that share the work; all are given the same.
+        profile: write ``profile.json``, a trace of the first updates (of the first rank).
+        free: bytes of the device that the images are placed by; None asks the device.
     """
 
     name: ClassVar[str]  # in messages, such as "pre-training"
     command: ClassVar[str]  # in logs and checkpoints
     kind: ClassVar[str]  # of the model file
+    counts: ClassVar[str]  # what the progress line counts a second
+    lighter: ClassVar[str]  # what to do where memory runs out
     reports_start: ClassVar[bool] = False  # whether a report comes before the first update
 
     encoder: Encoder
@@ -45,39 +64,57 @@ class Phase(ABC):
     total: int
 
     def __init__(
-        self, config: Config, train: ImageStore | None, val: ImageStore | None, ranks: Ranks = ALONE
+        self,
+        config: Config,
+        train: ImageStore | None,
+        val: ImageStore | None,
+        ranks: Ranks = ALONE,
+        *,
+        profile: bool = False,
+        free: int | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks
         self.device = device_of(config) if ranks.device is None else ranks.device
+        self._free = free
         data = config.data
         self.train, self.val = (
-            (load_split(data.source, split, data.image_size, **data.reading) if store is None else store).to(
-                self.device
+            self._placed(
+                load_split(data.source, split, data.image_size, **data.reading) if store is None else store
             )
             for split, store in (("train", train), ("val", val))
         )
         self.image_size = square_size(self.train, self.val)
+        self.ahead = Ahead(self.train.images, self.device) if self.train.kept_on_host else None
         self.preprocess = preprocess_of(config)
         self.streams = RandomStreams(config.seed)
+        self.spans = Spans(self.device)
+        self.profile = profile
+        self.encoder_dtype = encoder_dtype(config)
+        self.loss_scale = LossScale(self.device) if self.encoder_dtype == torch.float16 else None
         self.update = 0
         self.best: dict[str, Tensor] = {}
         self.best_accuracy, self.best_update = -1.0, 0
         self.curve: list[list[float]] = []
 
+    def _placed(self, store: ImageStore) -> ImageStore:
+        store = placed(
+            store, self.device, lambda: free_memory(self.device) if self._free is None else self._free
+        )
+        if self._free is not None and not store.kept_on_host:
+            self._free -= store.images.nbytes
+        return store
+
     def run(self) -> Path:
         """Runs to the end and returns the model file.
 
         Raises:
-            InputError: the loss became non-finite.
+            InputError: the loss became non-finite, or memory ran out.
             Interrupted: Ctrl-C; the state is saved.
         """
         if self.update >= self.total and self.folder.finished:
             return self.folder.model
-        ranks = self.ranks
-        if self.device.type == "cpu" and ranks.first:
-            tell_of_missing_kernels()
-        folder = self.folder.path
+        ranks, folder = self.ranks, self.folder.path
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"
         with ranks.together():
             log = (
@@ -85,20 +122,33 @@ class Phase(ABC):
                 if ranks.first
                 else NoLog()
             )
-        with log, stop_on_ctrl_c() as stop:
+        path = folder / "profile.json" if self.profile and ranks.first else None
+        trace = StepTrace(path, self.device, self.spans)
+        ahead = nullcontext() if self.ahead is None else self.ahead
+        with log, self._enough_memory(), ahead, stop_on_ctrl_c() as stop:
+            self._begin(log)
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
-            while self.update < self.total:
-                self._update()
-                # Ctrl-C reaches the ranks in different updates: they stop after the same one.
-                stopping = ranks.any(stop.requested)
-                if self._is_checkpoint():
-                    self._checkpoint(log)
-                elif stopping:
-                    self._checkpoint()
-                if stopping and self.update < self.total:
-                    raise self.folder.interrupted(f"{self.name} after update {self.update} of {self.total}")
-                log.advance(self.update)
+            pace = Pace(self.spans, self.device, self.counts)
+            with trace:
+                while self.update < self.total:
+                    self.spans.begin()
+                    with self.spans(WHOLE):
+                        self._update()
+                    trace.step()
+                    told = pace.count(self._n_items)
+                    # Ctrl-C reaches the ranks in different updates: they stop after the same one.
+                    stopping = ranks.any(stop.requested)
+                    if self._is_checkpoint():
+                        self._checkpoint(log)
+                        pace.restart()
+                    elif stopping:
+                        self._checkpoint()
+                    if stopping and self.update < self.total:
+                        raise self.folder.interrupted(
+                            f"{self.name} after update {self.update} of {self.total}"
+                        )
+                    log.advance(self.update, told)
         with ranks.together():
             if ranks.first:
                 save_model(
@@ -125,6 +175,37 @@ class Phase(ABC):
         with self.ranks.together():
             if self.ranks.first:
                 self._save()
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Lack of memory is the user's to mend."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{self.name}: out of memory after update {self.update} ({reason}); {self.lighter}"
+            ) from None
+
+    def _begin(self, log: RunLog) -> None:
+        """Says what the user should know before the first update."""
+        for name, store in (("training", self.train), ("validation", self.val)):
+            if store.kept_on_host:
+                size = in_words(store.images.nbytes)
+                log.say(f"{name} images stay in host memory: {size} are too many for the device")
+        if self.device.type != "cpu" or not self.ranks.first:
+            return
+        tell_of_missing_kernels()
+        if self.encoder_dtype is not None:
+            log.say(
+                f"precision {self.config.precision}: on a CPU the encoder then runs on the torch backend, which is "
+                "right but slower than fp32"
+            )
+
+    @property
+    @abstractmethod
+    def _n_items(self) -> int:
+        """What an update counts, in units of `counts`."""
 
     @abstractmethod
     def _update(self) -> None:
@@ -158,6 +239,10 @@ class Phase(ABC):
     def _load_loop_state(self) -> None:
         """The inverse, from `folder.section(name)`."""
 
+    def _loop_facts(self) -> dict[str, Any]:
+        """The subclass's own plain facts for the checkpoint's header."""
+        return {}
+
     def _keep_if_best(self, accuracy: float) -> None:
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_update = accuracy, self.update
@@ -172,15 +257,18 @@ class Phase(ABC):
 
     def _save(self) -> None:
         optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}
         self.folder.save(
             optimizer
             | prefixed(
                 current=weights_of(self.encoder, self.head),
                 best=self.best,
                 streams=self.streams.state_dict(),
+                **scale,
                 **self._loop_state(),
             ),
             {
+                **self._loop_facts(),
                 "phase": self.command,
                 "update": self.update,
                 "optimizer": optimizer_state,
@@ -196,7 +284,10 @@ class Phase(ABC):
             raise InputError(f"{folder.checkpoint}: is of phase {meta.get('phase')!r}, not of {self.name}")
         load_weights(folder.section("current"), self.encoder, self.head)
         checkpoint.unpack_optimizer(self.optimizer, folder.tensors, meta["optimizer"])
+        keep_on_device(self.optimizer)
         self.streams.load_state_dict(folder.section("streams"))
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(folder.section("loss_scale"))
         self._load_loop_state()
         self.best = folder.section("best")
         self.update, self.curve = meta["update"], meta["curve"]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Config, PretrainConfig
+from ..data.residency import Gathered, moved
 from ..data.store import ImageStore
 from ..engine.evaluate import evaluate
 from ..engine.ranks import ALONE, Ranks
@@ -22,8 +23,10 @@ from ..nn.encoder import BatchShare
 from ..random_streams import RandomStreams
 from .augment import augmented
 from .logging import RunLog
+from .meta_update import guarded_step
 from .models import build_encoder, facts_of, weights_of
 from .phase import Phase
+from .ranks import common_free_memory
 
 
 class Pretraining(Phase):
@@ -35,9 +38,11 @@ class Pretraining(Phase):
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
         ranks: the processes that share out the images of a batch.
+        profile: write ``profile.json``, a trace of the first updates.
     """
 
-    name, command, kind = "pre-training", "pretrain", "pretrained"
+    name, command, kind, counts = "pre-training", "pretrain", "pretrained", "images"
+    lighter = "give a smaller --pretrain.batch-size"
 
     def __init__(
         self,
@@ -48,16 +53,24 @@ class Pretraining(Phase):
         train: ImageStore | None = None,
         val: ImageStore | None = None,
         ranks: Ranks = ALONE,
+        profile: bool = False,
     ) -> None:
+        free = common_free_memory(ranks)
         with ranks.together():
-            self._prepare(config, train, val, ranks)
+            self._prepare(config, train, val, ranks, profile, free)
         inputs = {"train": facts_of(self.train), "val": facts_of(self.val)}
         self._open(output, resume=resume, inputs=inputs)
 
     def _prepare(
-        self, config: Config, train: ImageStore | None, val: ImageStore | None, ranks: Ranks
+        self,
+        config: Config,
+        train: ImageStore | None,
+        val: ImageStore | None,
+        ranks: Ranks,
+        profile: bool,
+        free: int | None,
     ) -> None:
-        super().__init__(config, train, val, ranks)
+        super().__init__(config, train, val, ranks, profile=profile, free=free)
         self.settings = config.pretrain
         initial = self.streams.stream("initial")
         self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
@@ -70,7 +83,8 @@ class Pretraining(Phase):
         self.updates_per_epoch = max(1, self.train.n_images // self.settings.batch_size)
         self.total = self.settings.epochs * self.updates_per_epoch
         self.order = torch.empty(0, dtype=torch.int64)
-        self.sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, images since the last log row
+        # Loss, correct, images since the last log row.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         batch_size = min(self.settings.batch_size, self.train.n_images)
         if batch_size < ranks.size:
             raise InputError(
@@ -82,33 +96,68 @@ class Pretraining(Phase):
         place = self.update % self.updates_per_epoch
         if place == 0:
             self.order = torch.randperm(self.train.n_images, generator=self.streams.stream("pretrain_order"))
-        rows = self.order[place * self.settings.batch_size :][: self.settings.batch_size].to(self.device)
-        own = self.ranks.share(len(rows))
+        size = self.settings.batch_size
+        rows = moved(self.order[place * size :][:size], self.device)
         self.encoder.train()
         self._seed_dropout()
-        augmentation = self.streams.stream("augmentation")
-        x = augmented(self.train, rows, self.preprocess, self.settings, augmentation, own)
-        labels = self.train.labels[rows[own]]
+        with self.spans("data"):
+            x, labels = self._batch(rows, place)
+        own = self.ranks.share(len(rows))
         if not self.ranks.alone:
             self.encoder.share = BatchShare(own.start, len(rows), self.ranks.gather)
-        logits = self.head(self.encoder(x))
-        self.encoder.share = None
-        loss = F.cross_entropy(logits, labels)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.update, self.updates_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         with self.ranks.summing([*self.encoder.parameters(), *self.head.parameters()]) as along:
-            (loss * (len(labels) / len(rows))).backward()
+            with self.spans("encoder"):
+                features = self.encoder(x.to(self.encoder_dtype or x.dtype))
+                self.encoder.share = None
+                logits = self.head(features.to(x.dtype))
+                loss = F.cross_entropy(logits, labels)
+                part = loss * (len(labels) / len(rows))
+                (part if self.loss_scale is None else part * self.loss_scale.scale).backward()
             with torch.no_grad():
                 correct = (logits.argmax(dim=1) == labels).sum()
-                n_images = loss.new_tensor(len(labels))
-                sums = torch.stack([loss.double() * len(labels), correct.double(), n_images.double()])
+                n_images = torch.full((), len(labels), dtype=torch.float64, device=self.device)
+                sums = torch.stack([loss.double() * len(labels), correct.double(), n_images])
             along.append(sums)
-        self.optimizer.step()
-        self.sums += sums.cpu()
-        if not math.isfinite(float(self.sums[0])):
-            raise self._not_finite(f"the loss became {float(sums[0] / sums[2])}")
+        with self.spans("optimiser"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, self.update, self.updates_per_epoch)
+            if self.loss_scale is None:
+                self.optimizer.step()
+            else:
+                # The sum over ranks, as the gradients are: all skip the same updates.
+                stepped = guarded_step(self.optimizer, sums[0].isfinite(), self.loss_scale.scale)
+                self.loss_scale.update(stepped)
+        self.sums += sums
+        # A GPU would have to be waited for: there it shows before the next checkpoint.
+        if self.device.type == "cpu":
+            self._require_finite_loss()
         self.update += 1
+
+    def _batch(self, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """This rank's share of a batch: augmented images [b, 3, H, W] and labels [b].
+
+        Args:
+            rows: int64 [B] of the whole batch, on the device.
+            place: the batch's number in the epoch.
+        """
+        ranks = self.ranks
+        own = ranks.share(len(rows))
+        labels = self.train.labels[rows[own]]
+        source: ImageStore | Gathered = self.train
+        if self.ahead is not None:
+            if not len(self.ahead):
+                size = self.settings.batch_size
+                left = self.order[place * size : self.updates_per_epoch * size].split(size)
+                self.ahead.submit(batch[ranks.share(len(batch))] for batch in left)
+            source = Gathered(self.ahead.next())
+            rows = ranks.spread(torch.arange(len(labels), device=self.device), len(rows))
+        augmentation = self.streams.stream("augmentation")
+        return augmented(source, rows, self.preprocess, self.settings, augmentation, own), labels
+
+    @property
+    def _n_items(self) -> int:
+        return self.settings.batch_size
 
     def _seed_dropout(self) -> None:
         """On a GPU dropout draws there, from a generator that each update seeds from the stream."""
@@ -116,8 +165,15 @@ class Pretraining(Phase):
             seed = int(torch.randint(2**62, (), generator=self.streams.stream("dropout")))
             self.encoder.dropout_generator = torch.Generator(self.device).manual_seed(seed)
 
+    def _require_finite_loss(self) -> None:
+        if not math.isfinite(total := float(self.sums[0])):
+            raise self._not_finite(f"the loss became {total}")
+
     def _require_finite(self) -> None:
         """The last update may have spoilt what its loss did not show."""
+        self._require_finite_loss()
+        if self.loss_scale is not None and not bool(self.loss_scale.is_useful()):
+            raise self._not_finite("gradients overflow float16 whatever the scale of the loss")
         for module in (self.encoder, self.head):
             for name, tensor in module.state_dict().items():
                 if not bool(tensor.isfinite().all()):
@@ -172,7 +228,7 @@ class Pretraining(Phase):
 
     def _load_loop_state(self) -> None:
         loop = self.folder.section("loop")
-        self.order, self.sums = loop["order"], loop["sums"]
+        self.order, self.sums = loop["order"], loop["sums"].to(self.device)
 
 
 def validation_episodes(config: Config, val: ImageStore, n_tasks: int) -> Episodes:
@@ -208,8 +264,15 @@ def _optimizer(settings: PretrainConfig, encoder: Encoder, head: LinearHead) -> 
     return torch.optim.AdamW(groups, lr=settings.lr)
 
 
-def pretrain(config: Config, output: str | Path, *, resume: bool = False, ranks: Ranks = ALONE) -> Path:
+def pretrain(
+    config: Config,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+    profile: bool = False,
+) -> Path:
     """Pre-trains as `config` says and returns the model file in `output`; see `Pretraining`."""
     # Validation is 1-shot whatever the tasks to come: one encoder serves them all.
     config = replace(config, episodes=replace(config.episodes, n_shot=1))
-    return Pretraining(config, output, resume=resume, ranks=ranks).run()
+    return Pretraining(config, output, resume=resume, ranks=ranks, profile=profile).run()

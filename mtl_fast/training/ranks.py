@@ -15,6 +15,7 @@ import torch
 
 from ..config import Config
 from ..data.store import ImageStore
+from ..engine.memory import free_memory
 from ..engine.ranks import CommonEnd, Ranks, SharedInputError, join, launched
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
@@ -67,6 +68,17 @@ def refuse_ranks(command: str) -> None:
         )
 
 
+def common_free_memory(ranks: Ranks) -> int | None:
+    """Bytes that every rank's GPU has free, so that all keep their images in the same place and draw tasks alike.
+
+    None where there is nothing to agree on: one process, or CPUs.
+    """
+    if ranks.alone or ranks.device is None or ranks.device.type == "cpu":
+        return None
+    known = [free for free in ranks.gather_objects(free_memory(ranks.device)) if free is not None]
+    return min(known, default=None)
+
+
 def require_same(ranks: Ranks, what: str, own: Mapping[str, Any]) -> None:
     """Compares plain facts over the ranks.
 
@@ -117,7 +129,7 @@ def require_same_state(
 def store_digest(store: ImageStore) -> str:
     """SHA-256 of a split's class names, labels and evenly spaced images: cheap, and another order shows."""
     digest = hashlib.sha256("\0".join(store.class_names).encode())
-    rows = torch.arange(0, store.n_images, -(-store.n_images // _SAMPLED), device=store.device)
+    rows = torch.arange(0, store.n_images, -(-store.n_images // _SAMPLED), device=store.images.device)
     for tensor in (store.labels, store.images[rows]):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -12,8 +12,8 @@ import torch
 from ..config import Config, EvaluationConfig, MetaConfig
 from ..data.features import FeatureStore
 from ..data.store import ImageStore
+from ..engine.base import NormMode
 from ..engine.evaluate import Adapt
-from ..engine.step import NormMode
 from ..errors import InputError
 from ..nn import Encoder, LinearHead
 from .checkpoint import nest

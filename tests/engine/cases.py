@@ -14,6 +14,8 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import Engine, EpisodicEngine, Preprocess, WholeNetworkEngine
 from mtl_fast.episodes import Episodes, EpisodeSampler
 from mtl_fast.nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
+from mtl_fast.nn.encoder import Embeddings
+from tests.conv_cases import assert_near
 from tests.nn.plain_networks import randomise
 
 PREPROCESS = Preprocess((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
@@ -147,3 +149,33 @@ def one_by_one(
     twin = copy.copy(engine)
     twin.encoder, twin.head = encoder, head
     return torch.stack(losses).detach(), torch.stack(accuracies), gradients(twin), encoder
+
+
+def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    # A shift before batch statistics has no gradient but rounding: compare with the largest of all.
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        assert torch.isfinite(ours[name]).all(), name
+        assert (ours[name] - gradient).abs().max() <= TOLERANCE * largest, name
+
+
+def assert_same_state(ours: Encoder, expected: Encoder) -> None:
+    state = expected.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, value in ours.state_dict().items():
+        assert_near(value, state[name], TOLERANCE, name)
+
+
+class Watched(Encoder):
+    """Notes the images of each embedding and whether it has a graph."""
+
+    def __init__(self, inner: Encoder) -> None:
+        super().__init__()
+        self.inner, self.seen, self.feature_dim = inner, [], inner.feature_dim
+        self.eval()
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        out = self.inner.embed(images, **options)
+        self.seen.append((len(images), out.features.requires_grad))
+        return out

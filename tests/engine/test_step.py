@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from contextlib import nullcontext
@@ -12,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import EpisodicEngine, Preprocess
-from mtl_fast.engine.step import class_accuracy
+from mtl_fast.engine.base import class_accuracy
 from mtl_fast.episodes import Episodes
 from mtl_fast.nn import Encoder, LinearHead
 from mtl_fast.nn.encoder import Embeddings
@@ -26,6 +24,9 @@ from tests.engine.cases import (
     ORDERS,
     PREPROCESS,
     TOLERANCE,
+    Watched,
+    assert_same_gradients,
+    assert_same_state,
     gradients,
     make_encoder,
     make_engine,
@@ -33,25 +34,10 @@ from tests.engine.cases import (
     parameters,
     tasks,
 )
+from tests.read_back import NothingReadBack
 
 by_norm = pytest.mark.parametrize("norm", NORMS)
 by_order = pytest.mark.parametrize("order", ORDERS)
-
-
-def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert ours.keys() == expected.keys()
-    # A shift before batch statistics has no gradient but rounding: compare with the largest of all.
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for name, gradient in expected.items():
-        assert torch.isfinite(ours[name]).all(), name
-        assert (ours[name] - gradient).abs().max() <= TOLERANCE * largest, name
-
-
-def assert_same_state(ours: Encoder, expected: Encoder) -> None:
-    state = expected.state_dict()
-    assert ours.state_dict().keys() == state.keys()
-    for name, value in ours.state_dict().items():
-        assert_near(value, state[name], TOLERANCE, name)
 
 
 def check(engine: EpisodicEngine, episodes: Episodes) -> None:
@@ -86,39 +72,12 @@ def test_tasks_of_every_shape(small_store: ImageStore, order: str, shape: tuple[
 
 
 @by_norm
-@by_order
-@pytest.mark.parametrize("images_per_chunk", [1, 31])
-def test_chunked_equals_unchunked(
-    small_store: ImageStore, norm: str, order: str, images_per_chunk: int
-) -> None:
-    """Tasks are of 15 images: one a chunk, or two (the last chunk is not full)."""
-    whole = make_engine(small_store, norm=norm, order=order)
-    chunked = copy.copy(whole)
-    chunked.encoder, chunked.head = copy.deepcopy(whole.encoder), copy.deepcopy(whole.head)
-    chunked.images_per_chunk = images_per_chunk
-    sizes = []
-    logits = chunked._logits
-    chunked._logits = lambda part, weights: (sizes.append(part.n_tasks), logits(part, weights))[1]
-    before = copy.deepcopy(whole.encoder)
-    for start in (0, 5):
-        episodes = tasks(small_store, 10)[start : start + 5]
-        expected, out = whole.step(episodes), chunked.step(episodes)
-        assert_near(out.loss, expected.loss, TOLERANCE)
-        assert torch.equal(out.class_accuracy, expected.class_accuracy)
-        assert_same_gradients(gradients(chunked), gradients(whole))
-    assert sizes == 2 * {1: [1] * 5, 31: [2, 2, 1]}[images_per_chunk]
-    assert_same_state(chunked.encoder, whole.encoder)
-    moved = not torch.equal(before.norms()[0].running_var, whole.encoder.norms()[0].running_var)
-    assert moved == (norm == "running")
-
-
-@by_norm
 @pytest.mark.filterwarnings("ignore:norm")
 def test_effective_weights_are_computed_once_a_step(
     small_store: ImageStore, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, folds = make_engine(small_store, norm=norm), []
-    engine.images_per_chunk = 1
+    engine.images_per_chunk = 15
     refresh = engine.encoder.refresh
     monkeypatch.setattr(
         engine.encoder, "refresh", lambda *, fold: (folds.append(fold), refresh(fold=fold))[1]
@@ -137,20 +96,6 @@ def test_gradients_add_up(small_store: ImageStore) -> None:
     engine.step(episodes[1:])
     for name, both in gradients(engine).items():
         assert torch.equal(both, first[name] + rest[name])
-
-
-class Watched(Encoder):
-    """Notes the images of each embedding and whether it has a graph."""
-
-    def __init__(self, inner: Encoder) -> None:
-        super().__init__()
-        self.inner, self.seen, self.feature_dim = inner, [], inner.feature_dim
-        self.eval()
-
-    def embed(self, images: Tensor, **options: Any) -> Embeddings:
-        out = self.inner.embed(images, **options)
-        self.seen.append((len(images), out.features.requires_grad))
-        return out
 
 
 @by_norm
@@ -235,25 +180,6 @@ def test_class_accuracy_counts_each_class_of_each_task() -> None:
     guesses = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1]])
     accuracy = class_accuracy(F.one_hot(guesses, 2).float(), labels, 2)
     assert_near(accuracy, torch.tensor([[1 / 3, 1.0], [0.0, 1 / 3]]), 1e-7)
-
-
-class NothingReadBack(TorchDispatchMode):
-    """Raises where the host would wait for a value of the device."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "equal", "item")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if name.lstrip("_") in [n.lstrip("_") for n in self.FORBIDDEN] or name.startswith(
-            ("_unique", "unique")
-        ):
-            raise AssertionError(f"{func.name()} reads a value back")
-        indices = args[1] if name.startswith("index") and len(args) > 1 else None
-        if isinstance(indices, (list, tuple)) and any(
-            i is not None and i.dtype == torch.bool for i in indices
-        ):
-            raise AssertionError("an index by a mask reads its length back")
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_watch_sees_what_is_read_back() -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from mtl_fast import cli
+from mtl_fast.data.residency import kept_on_host
 from mtl_fast.engine import ALONE, Ranks
 from mtl_fast.engine import ranks as ranks_module
 from mtl_fast.training import meta_train as meta_train_module
+from mtl_fast.training import phase as phase_module
 from mtl_fast.training import pretrain as pretrain_module
 from mtl_fast.training.ranks import command_ranks
 from tests.training import tiny
@@ -50,17 +53,21 @@ def in_float64() -> Iterator[None]:
             setattr(module, name, original)
 
 
-def phase(name: str, folder: Path, pretrained: str, resume: bool, ranks: Ranks) -> Any:
+def phase(
+    name: str, folder: Path, pretrained: str, resume: bool, ranks: Ranks, precision: str = "fp32"
+) -> Any:
     """A phase on the tiny splits."""
     if name == "pretrain":
-        return pretrain_module.Pretraining(tiny.CONFIG, folder, resume=resume, ranks=ranks, **tiny.splits())
+        config = replace(tiny.CONFIG, precision=precision)
+        return pretrain_module.Pretraining(config, folder, resume=resume, ranks=ranks, **tiny.splits())
     if name == "maml":
         return meta_train_module.MetaTraining(
             tiny.MAML, None, folder, resume=resume, ranks=ranks, **tiny.splits()
         )
     model = tiny.load_model(Path(pretrained))
     model.encoder.double()
-    return meta_train_module.MetaTraining(CONFIG, model, folder, resume=resume, ranks=ranks, **tiny.splits())
+    config = replace(CONFIG, precision=precision)
+    return meta_train_module.MetaTraining(config, model, folder, resume=resume, ranks=ranks, **tiny.splits())
 
 
 def one_process(name: str, folder: Path, pretrained: str = "", resume: bool = False) -> None:
@@ -77,13 +84,18 @@ def train(
     resume: bool = False,
     point: str = "",
     guilty: int = 1,
+    precision: str = "fp32",
+    on_host: bool = False,
 ) -> int:
-    """A phase; the rank `guilty` comes to its point."""
+    """A phase; the rank `guilty` comes to its point. Images may be kept in host memory, as if they did not fit."""
+    if on_host:
+        torch.Tensor.pin_memory = torch.Tensor.clone
+        phase_module.placed = lambda store, device, free: kept_on_host(store, torch.device("cpu"))
     rank = int(os.environ["RANK"])
 
     def run() -> None:
         with in_float64(), command_ranks("cpu", SHORT if point else TIMEOUT) as ranks:
-            made = phase(name, Path(output), pretrained, resume, ranks)
+            made = phase(name, Path(output), pretrained, resume, ranks, precision)
             if point and rank == guilty:
                 arrange(point, made)
             made.run()
@@ -94,7 +106,8 @@ def train(
 
 def arrange(point: str, made: Any) -> None:
     """Points of `forks.die_at`, and at update N: ``exchange N``, a kill in its exchange; ``interrupt N``, Ctrl-C; ``nan N``
-    and ``drift N``, a weight that goes wrong. ``validation``: a kill in the first one."""
+    and ``drift N``, a weight that goes wrong. ``full N``: no memory for more than N images. ``validation``: a kill in the
+    first one."""
     where, _, count = point.partition(" ")
     if where == "exchange":
         tiny.at_update(made, int(count), _die_in_the_next_exchange)
@@ -104,10 +117,23 @@ def arrange(point: str, made: Any) -> None:
         tiny.at_update(made, int(count), tiny.ctrl_c)
     elif where == "nan":
         tiny.at_update(made, int(count), lambda: made.head.bias.data.fill_(torch.nan))
+    elif where == "full":
+        _fill_memory(made, int(count))
     elif where == "drift":
         tiny.at_update(made, int(count), lambda: made.head.bias.data.add_(1e-12))
     else:
         die_at(point)
+
+
+def _fill_memory(made: Any, limit: int) -> None:
+    embed = made.encoder.embed
+
+    def full(images: torch.Tensor, **options: Any) -> Any:
+        if len(images) > limit and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return embed(images, **options)
+
+    made.encoder.embed = full
 
 
 def _die_in_the_next_exchange() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mtl_fast.config import PretrainConfig
-from mtl_fast.engine.step import Preprocess
+from mtl_fast.engine.inputs import Preprocess
 from mtl_fast.training.augment import augmented, colour_jitter, resized_crop
+from tests.read_back import NothingReadBack
 from tests.training import tiny
 
 PREPROCESS = Preprocess((120.0, 110.0, 100.0), (60.0, 50.0, 40.0))
@@ -206,3 +208,14 @@ def test_a_stream_goes_on_from_batch_to_batch() -> None:
     second = augmented(STORE, ROWS, PREPROCESS, PretrainConfig(), g)
     assert torch.equal(augmented(STORE, ROWS, PREPROCESS, PretrainConfig(), again), second)
     assert not torch.equal(run(PretrainConfig(), 6), second)
+
+
+@pytest.mark.parametrize("crop", ["none", "shift", "resized"])
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_nothing_is_read_back(crop: str, jitter: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The range of indices is checked on the CPU alone, where nothing waits.
+    monkeypatch.setattr(sys.modules["mtl_fast.ops.images"], "_check_window", lambda *_: None)
+    settings = replace(PLAIN, crop=crop, flip=True, jitter=jitter)
+    with NothingReadBack():
+        x = augmented(STORE, ROWS, PREPROCESS, settings, stream())
+    assert torch.isfinite(x).all()

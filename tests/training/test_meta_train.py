@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mtl_fast.config import MetaConfig
+from mtl_fast.engine.base import StepOutput
 from mtl_fast.engine.scores import Evaluation
-from mtl_fast.engine.step import StepOutput
 from mtl_fast.episodes import Episodes
 from mtl_fast.errors import InputError
 from mtl_fast.training import meta_train
-from mtl_fast.training.meta_train import MetaTraining, check_rounds
+from mtl_fast.training.meta_checks import check_rounds
+from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.models import load_model, weights_of
 from mtl_fast.training.run import Interrupted
 from tests.training import tiny

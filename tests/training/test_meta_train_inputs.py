@@ -84,3 +84,18 @@ def test_the_command_takes_the_network_from_the_pretrained_model(
     assert load_model(path).config.encoder == CONFIG.encoder
     with pytest.raises(InputError, match="holds a meta model where a pretrained one is needed"):
         meta_train.meta_train(config, path, tmp_path / "again")
+
+
+def test_fewer_images_in_flight_than_batch_statistics_need_are_named(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    config = tiny.with_meta(norm="episode", images_per_chunk=11)
+    with (
+        pytest.warns(UserWarning, match="norm 'episode'"),
+        pytest.raises(
+            InputError, match=r"images_per_chunk is 11, but norm 'episode' .* give at least 12"
+        ) as caught,
+    ):
+        tiny.meta_training(tmp_path / "run", pretrained, config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

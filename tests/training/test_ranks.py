@@ -28,6 +28,7 @@ from tests.training import rank_jobs, tiny
 # Adam divides by |gradient| + 1e-8: of a gradient near 0 a step with rate r keeps r/1e-8 times the rounding of float64
 # sums, 1e-15 of gradients of size 1, in each update. Later updates start from there.
 TOLERANCE = 15 * 1e-3 / 1e-8 * 1e-15
+PRETRAINING_TOLERANCE = 30 * 1e-2 / 1e-8 * 1e-15
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,40 @@ def assert_near(a: Path, b: Path, tolerance: float = TOLERANCE) -> None:
         assert row["validation_accuracy"] == other["validation_accuracy"]
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_images_in_host_memory_are_gathered_by_the_rank_that_needs_them(
+    size: int, forks: RankForks, alone: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """The update is that of one process with its images on the device; an idle rank gathers none."""
+    statuses, text = train(forks, size, tmp_path / "meta", pretrained, on_host=True)
+    assert statuses == [0] * size, text
+    assert_near(tmp_path / "meta", alone)
+    assert text.count("training images stay in host memory") == 1
+    rank_jobs.one_process("pretrain", tmp_path / "alone")
+    statuses, text = train(forks, size, tmp_path / "pre", name="pretrain", on_host=True)
+    assert statuses == [0] * size, text
+    assert_near(tmp_path / "pre", tmp_path / "alone", PRETRAINING_TOLERANCE)
+
+
+def test_a_rank_whose_memory_runs_out_halves_its_own_images_and_says_so(
+    forks: RankForks, alone: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """The others wait in the exchange, which it enters once."""
+    statuses, text = train(forks, 2, tmp_path / "run", pretrained, point="full 7")
+    assert statuses == [0, 0], text
+    assert text.count("out of memory with") == 1
+    assert_near(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "meta-train"])
+def test_ranks_in_half_precision_keep_the_same_scale_and_weights(
+    name: str, forks: RankForks, pretrained: Path, tmp_path: Path
+) -> None:
+    """That the weights agree is what a run asks of its ranks before every checkpoint."""
+    statuses, text = train(forks, 2, tmp_path / "run", pretrained, name=name, precision="fp16")
+    assert statuses == [0, 0], text
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_meta_training_on_ranks_is_that_of_one_process(
     size: int, forks: RankForks, alone: Path, pretrained: Path, tmp_path: Path
@@ -108,7 +143,7 @@ def test_pretraining_on_ranks_is_that_of_one_process(forks: RankForks, tmp_path:
     statuses, text = train(forks, 3, tmp_path / "run", name="pretrain")
     assert statuses == [0, 0, 0], text
     rank_jobs.one_process("pretrain", tmp_path / "alone")
-    assert_near(tmp_path / "run", tmp_path / "alone", 30 * 1e-2 / 1e-8 * 1e-15)
+    assert_near(tmp_path / "run", tmp_path / "alone", PRETRAINING_TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -86,16 +86,18 @@ def splits() -> dict[str, ImageStore]:
     return {"train": split("train"), "val": split("val")}
 
 
-def pretraining(folder: Path, config: Config = CONFIG, *, resume: bool = False, **stores: Any) -> Pretraining:
+def pretraining(
+    folder: Path, config: Config = CONFIG, *, resume: bool = False, **options: Any
+) -> Pretraining:
     """A pre-training run on the tiny splits."""
-    return Pretraining(config, folder, resume=resume, **(splits() | stores))
+    return Pretraining(config, folder, resume=resume, **(splits() | options))
 
 
 def meta_training(
-    folder: Path, pretrained: Path, config: Config = CONFIG, *, resume: bool = False, **stores: Any
+    folder: Path, pretrained: Path, config: Config = CONFIG, *, resume: bool = False, **options: Any
 ) -> MetaTraining:
     """A meta-training run on the tiny splits."""
-    return MetaTraining(config, load_model(pretrained), folder, resume=resume, **(splits() | stores))
+    return MetaTraining(config, load_model(pretrained), folder, resume=resume, **(splits() | options))
 
 
 def model_of(folder: Path) -> dict[str, Tensor]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mtl_fast.config import MetaConfig
-from mtl_fast.training import meta_train
-from mtl_fast.training.meta_train import guarded_step, set_rates
+from mtl_fast.training import meta_update
+from mtl_fast.training.meta_update import LossScale, guarded_step, keep_on_device, set_rates
 from tests.training import tiny
 
 
 def test_both_rates_are_halved_down_to_the_floor() -> None:
     meta = MetaConfig(lr=1e-3, head_lr=4e-4, decay_every=7, lr_floor=1e-4)
-    optimizer = meta_train._adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    optimizer = meta_update.adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
     # start/2, start/4, …, each at least the floor
     for update, moved, head in (
         (0, 1e-3, 4e-4),
@@ -32,7 +32,7 @@ def test_both_rates_are_halved_down_to_the_floor() -> None:
         set_rates(optimizer, meta, update)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([moved, head], rel=1e-12)
     low = MetaConfig(lr=5e-5, head_lr=0.0, lr_floor=1e-4, decay_every=1)
-    optimizer = meta_train._adam(low, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    optimizer = meta_update.adam(low, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
     set_rates(optimizer, low, 9)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 0.0]
 
@@ -108,3 +108,74 @@ def test_parameters_without_a_gradient_are_no_matter() -> None:
     before = parameters[2].detach().clone()
     assert bool(guarded_step(adam, torch.tensor(True)))
     assert torch.equal(parameters[2], before)
+
+
+def test_gradients_of_a_scaled_loss_are_scaled_back() -> None:
+    """By a power of two, to the bit."""
+    (scaled, s_adam), (plain, p_adam) = quadratic(3), quadratic(3)
+    scale = torch.tensor(2.0**16)
+    for step in range(3):
+        give_gradients(scaled, step)
+        give_gradients(plain, step)
+        for p in scaled:
+            assert p.grad is not None
+            p.grad *= scale
+        assert bool(guarded_step(s_adam, torch.tensor(True), scale))
+        p_adam.step()
+    pairs = zip(state_of(scaled, s_adam), state_of(plain, p_adam), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_scale_of_the_loss_follows_the_rule_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "INTERVAL", 3)
+    ours = LossScale(torch.device("cpu"))
+    theirs = torch.amp.GradScaler("cpu", growth_interval=3)
+    parameter = nn.Parameter(torch.zeros(()))
+    sgd = torch.optim.SGD([parameter], lr=0.0)
+    for good in (1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1):
+        theirs.scale(parameter * (1.0 if good else math.inf)).backward()
+        theirs.step(sgd)
+        theirs.update()
+        sgd.zero_grad()
+        ours.update(torch.tensor(bool(good)))
+        assert float(ours.scale) == theirs.get_scale()
+    again = LossScale(torch.device("cpu"))
+    again.load_state_dict({name: tensor.clone() for name, tensor in ours.state_dict().items()})
+    for scale in (ours, again):
+        scale.update(torch.tensor(True))
+    assert torch.equal(ours.scale, again.scale)
+    assert torch.equal(ours.n_good, again.n_good)
+
+
+def test_a_scale_that_only_falls_is_of_no_use() -> None:
+    scale = LossScale(torch.device("cpu"))
+    n_steps = 0
+    while bool(scale.is_useful()):
+        scale.update(torch.tensor(False))
+        n_steps += 1
+    assert n_steps == 33
+
+
+def test_on_a_cpu_rates_and_counters_stay_the_hosts() -> None:
+    parameters, adam = quadratic(4)
+    give_gradients(parameters, 0)
+    adam.step()
+    before = state_of(parameters, adam)
+    # As a state that was saved on a GPU would have them.
+    adam.param_groups[0] |= {"lr": torch.tensor(0.01), "capturable": True}
+    keep_on_device(adam)
+    (group,) = adam.param_groups
+    assert (type(group["lr"]), group["capturable"]) == (float, False)
+    assert group["lr"] == pytest.approx(0.01)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(parameters, adam), strict=True))
+
+
+def test_a_rate_that_a_captured_step_reads_is_changed_in_place() -> None:
+    meta = MetaConfig(lr=1e-3, head_lr=4e-4, decay_every=7)
+    optimizer = meta_update.adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    rates = [torch.zeros(()), torch.zeros(())]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    set_rates(optimizer, meta, 7)
+    assert [float(rate) for rate in rates] == pytest.approx([5e-4, 2e-4])
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))

@@ -1,0 +1,42 @@
+"""Rows of an image store → network input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.residency import Gathered, gathered
+from ..data.store import ImageStore
+from ..ops.images import images
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How rows of a store become network input: (image − mean)/std, channels-last.
+
+    Attributes:
+        mean, std: per channel, of 255.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(
+        self,
+        store: ImageStore | Gathered,
+        rows: Tensor,
+        dtype: torch.dtype = torch.float32,
+        mirrored: Tensor | None = None,
+    ) -> Tensor:
+        """Rows [B] of the store → [B, 3, H, W] on their device, those of `mirrored` (bool [B]) left to right."""
+        source, rows = gathered(store, rows)
+        mean, std = (filled(values, source.device) for values in (self.mean, self.std))
+        return images(source, rows, mean=mean, std=std, flip=mirrored, dtype=dtype)
+
+
+def filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 [n] of plain numbers, written on the device: a captured step allows no copy from the host."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])

@@ -1,0 +1,70 @@
+"""What meta-training asks of its settings and of the pre-trained network before it starts."""
+
+from __future__ import annotations
+
+from ..config import Config, MetaConfig
+from ..errors import InputError
+from .models import Model
+
+
+def check_rounds(meta: MetaConfig) -> None:
+    """K, K' and the number of tasks divide into updates.
+
+    Raises:
+        InputError: one does not; both numbers are named.
+    """
+    counts = {"n_tasks": meta.n_tasks}
+    if meta.hard != "none":
+        counts |= {
+            "random_tasks_per_round": meta.random_tasks_per_round,
+            "hard_tasks_per_round": meta.hard_tasks_per_round,
+        }
+    if meta.tasks_per_update < 1:
+        raise InputError(f"--meta.tasks-per-update is {meta.tasks_per_update}; it must be at least 1")
+    for name, value in counts.items():
+        if value < 1 or value % meta.tasks_per_update:
+            raise InputError(
+                f"--meta.{name.replace('_', '-')} is {value}, which is no positive multiple of "
+                f"--meta.tasks-per-update {meta.tasks_per_update}"
+            )
+
+
+def check_random_start(meta: MetaConfig) -> None:
+    """Meta-training without a pre-trained network learns all weights, with batch statistics.
+
+    Raises:
+        InputError: it would learn only a part of a random network, or use statistics that nobody took.
+    """
+    if meta.learn != "weights" or meta.last_block_only or meta.norm != "episode":
+        raise InputError(
+            "--pretrained is missing: only --meta.learn weights of all blocks with --meta.norm episode starts from "
+            "random weights (such as --preset maml); `mtl-fast pretrain` makes a model file"
+        )
+
+
+def check_normalisation(config: Config, pretrained: Model) -> None:
+    """Images enter the network as they did in its pre-training.
+
+    Raises:
+        InputError: mean or standard deviation differ.
+    """
+    for name in ("mean", "std"):
+        there, here = getattr(pretrained.config.data, name), getattr(config.data, name)
+        if there != here:
+            raise InputError(
+                f"{pretrained.path}: was pre-trained with --data.{name} {' '.join(map(str, there))}, not "
+                f"{' '.join(map(str, here))}; give the same, or the same --preset"
+            )
+
+
+def check_statistics(meta: MetaConfig, pretrained: Model) -> None:
+    """`frozen` norms have statistics to freeze.
+
+    Raises:
+        InputError: the encoder was imported without any.
+    """
+    if meta.norm == "frozen" and not pretrained.stored_statistics:
+        raise InputError(
+            f"{pretrained.path}: was imported without running statistics, which --meta.norm frozen needs; give "
+            "--meta.norm episode"
+        )
