@@ -76,12 +76,14 @@ def bars(path: Path, found: Sequence[Record]) -> None:
             axes.plot([spread.low, spread.high], [y, y], color=INK, linewidth=1.4)
             for bound, style in ((target.must, "-"), (target.aim, ":")):
                 axes.plot([bound, bound], [y - 0.42, y + 0.42], color=INK, linewidth=1.6, linestyle=style)
+            clear = max(spread.high, target.aim)  # of bar and marks
             axes.annotate(
-                f"{spread.middle:.3g}×", (spread.middle, y), (6, 0), textcoords="offset points", va="center"
+                f"{spread.middle:.3g}×", (clear, y), (8, 0), textcoords="offset points", va="center"
             )
         axes.set_yticks(range(len(found)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
         axes.set_xlim(0.8, 2.2 * max(spread_of(r).middle for r in found))  # type: ignore[union-attr]
         axes.grid(axis="x", color=PALE)
         axes.set_axisbelow(True)
