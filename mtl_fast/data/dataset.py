@@ -68,9 +68,9 @@ class DataSet(ABC):
     def find(cls, folder: Path) -> DataSet | None:
         """The data set of this format in `folder`, or None."""
 
-    @abstractmethod
     def files(self, split: str) -> Sequence[Path]:
-        """The files that the split's content comes from; raises InputError as `read` does."""
+        """The files that the split's content comes from: by default one; raises InputError as `read` does."""
+        return (self.place(split),)
 
     @abstractmethod
     def read(self, split: str, options: Options) -> Content:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,6 @@ class MiniCache(DataSet):
         names = {split: [f"mini-imagenet-cache-{end}.pkl" for end in ends] for split, ends in endings.items()}
         splits = first_present(folder, names)
         return cls(folder, splits) if splits else None
-
-    def files(self, split: str) -> Sequence[Path]:
-        return (self.place(split),)
 
     def read(self, split: str, options: Options) -> Content:
         path = self.place(split)

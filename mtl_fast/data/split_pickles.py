@@ -33,9 +33,6 @@ class SplitPickles(DataSet):
         splits = first_present(folder, cls.names)
         return cls(folder, splits) if splits else None
 
-    def files(self, split: str) -> Sequence[Path]:
-        return (self.place(split),)
-
     def read(self, split: str, options: Options) -> Content:
         path = self.place(split)
         stored = load_pickle(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_fast.data import fc100
@@ -22,9 +21,6 @@ class TadamArchives(DataSet):
     def find(cls, folder: Path) -> TadamArchives | None:
         splits = first_present(folder, {split: (f"few-shot-{split}.npz",) for split in SPLITS})
         return cls(folder, splits) if splits else None
-
-    def files(self, split: str) -> Sequence[Path]:
-        return (self.place(split),)
 
     def read(self, split: str, options: Options) -> Content:
         path = self.place(split)
