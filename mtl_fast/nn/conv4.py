@@ -53,11 +53,7 @@ class Conv4(Encoder):
                 x,
                 conv.operands(weights[i] if weights is not None else None),
                 epilogue=self.epilogue,
-                n_groups=n_groups,
-                mask=mask,
-                fold=self.fold,
-                gather=self._gather,
-                backend=self.backend,
+                **self._options(n_groups, mask),
             )
             statistics.extend(out.statistics)
             x = out.output

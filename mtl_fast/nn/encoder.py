@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,16 @@ class Encoder(nn.Module, ABC):
     def scale_shift_parameters(self) -> Iterator[nn.Parameter]:
         """Φ_S1 and Φ_S2 of every convolution that has them."""
         return scale_shift_parameters(self)
+
+    def _options(self, n_groups: int, mask: Tensor | None) -> dict[str, Any]:
+        """What every layer of one `embed` is told alike."""
+        return {
+            "n_groups": n_groups,
+            "mask": mask,
+            "fold": self.fold,
+            "gather": self._gather,
+            "backend": self.backend,
+        }
 
     def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
         """`effective_weights` of all layers that read them, for every forward of one meta-step; None of the others.

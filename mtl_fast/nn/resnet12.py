@@ -137,11 +137,7 @@ class ResNet12(Encoder):
                 convs,
                 shortcut,
                 epilogue=self.epilogue,
-                n_groups=n_groups,
-                mask=mask,
-                fold=self.fold,
-                gather=self._gather,
-                backend=self.backend,
+                **self._options(n_groups, mask),
             )
             statistics.extend(out.statistics)
             x = self._dropout(out.output)

@@ -89,11 +89,7 @@ class ResNet25(Encoder):
             images,
             next(operands),
             epilogue=self.epilogue,
-            n_groups=n_groups,
-            mask=mask,
-            fold=self.fold,
-            gather=self._gather,
-            backend=self.backend,
+            **self._options(n_groups, mask),
         )
         x, statistics = out.output, Statistics(out.statistics)
         for block in (module for module in self.modules() if isinstance(module, BasicBlock)):
@@ -103,11 +99,7 @@ class ResNet25(Encoder):
                 [next(operands) for _ in block.convs],
                 shortcut,
                 epilogue=self.epilogue,
-                n_groups=n_groups,
-                mask=mask,
-                fold=self.fold,
-                gather=self._gather,
-                backend=self.backend,
+                **self._options(n_groups, mask),
             )
             statistics.extend(out.statistics)
             x = self._dropout(out.output)
