@@ -1,0 +1,27 @@
+"""GPU kernels in Triton, one file an operation: kernels → launch configuration → launcher.
+
+Importing this package imports nothing of Triton. A launcher describes each launch as a `launch.Launch`, whatever
+device its tensors are on, so that the same description is run on a GPU or in Triton's interpreter, compiled ahead of
+time (`ahead`), executed by the tests' emulator, counted and modelled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: ``TRITON_INTERPRET=1`` before Triton's import."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+
+@functools.cache
+def load() -> tuple[bool, str]:
+    """Whether Triton is installed, and which version or what is missing; looked up once, imported by first use."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed; it comes with CUDA builds of PyTorch"
+    from importlib.metadata import version
+
+    return True, f"Triton {version('triton')}" + (", interpreted" if interpreted() else "")

@@ -1,0 +1,102 @@
+"""One launch of one kernel as plain data: run it, or compile, emulate, count and model it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# Who wants to see launches instead of having them run: (launch) -> None.
+_observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", default=None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch has to do at least, for the model of its time.
+
+    Attributes:
+        flop: operations of the algorithm, two a multiply-add, padding left out.
+        read, written: compulsory bytes, each tensor element once.
+        l2_read: bytes that all programs together ask of L2; 0 counts as `read`.
+        matrix: whether `flop` is tensor-core work.
+    """
+
+    flop: int = 0
+    read: int = 0
+    written: int = 0
+    l2_read: int = 0
+    matrix: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and everything it is given.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: programs along up to three axes.
+        arguments: run-time arguments by name, in the kernel's order: tensors (any device, meta too), None, numbers.
+        constants: `constexpr` arguments by name.
+        num_warps, num_stages: of the launch configuration.
+        work: what the model of its time starts from.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | float | None]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    work: Work = field(default_factory=Work)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+    def run(self) -> None:
+        """Launches the kernel on the current stream, or hands it to whoever observes."""
+        observer = _observer.get()
+        if observer is not None:
+            observer(self)
+            return
+        # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+class observed:
+    """Within it, launches are collected instead of run.
+
+    >>> with observed() as launches:
+    ...     pass
+    >>> launches
+    []
+
+    Args:
+        then: called with each launch after it was noted; an emulator runs it here.
+    """
+
+    def __init__(self, then: Callable[[Launch], None] | None = None) -> None:
+        self._then = then
+        self._launches: list[Launch] = []
+
+    def __enter__(self) -> list[Launch]:
+        self._token = _observer.set(self._note)
+        return self._launches
+
+    def __exit__(self, *_: object) -> None:
+        _observer.reset(self._token)
+
+    def _note(self, launch: Launch) -> None:
+        self._launches.append(launch)
+        if self._then is not None:
+            self._then(launch)
