@@ -153,7 +153,7 @@ _TYPES = {
 }
 
 
-def _type(value: Tensor | float) -> str:
+def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[str(value.dtype).removeprefix("torch.")]
     if isinstance(value, bool):
