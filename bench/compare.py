@@ -43,7 +43,7 @@ def _compared(a: Record, b: Record) -> str:
         elif spreads[1].high < spreads[0].low:
             parted = "lower"
     ratios = [
-        f"{s.middle:.3g} ({s.low:.3g}–{s.high:.3g})" if s else f"refused: {found['refused']}"[:17]
+        f"{s.middle:.3g} ({s.low:.3g}–{s.high:.3g})" if s else ("refused" if found["refused"] else "skipped")
         for s, found in zip(spreads, (a, b), strict=True)
     ]
     return _joined((a["row"], a["against"], a["ours"], b["ours"], quotient, *ratios, parted))

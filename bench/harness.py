@@ -133,6 +133,7 @@ class Line:
         best: the same of the two best times.
         share: of the measured peak, in direct arithmetic.
         refused: why there are no values.
+        skipped: what is missing here to measure the row, no fault of its.
         details: raw measurements, for the file.
     """
 
@@ -148,6 +149,7 @@ class Line:
     share: float | None = None
     target: Target | None = None
     refused: str = ""
+    skipped: str = ""
     note: str = ""
     unit: str = "×"
     family: Family | None = None

@@ -93,7 +93,7 @@ class MemoryRow:
         for name in self.peers:
             peer, why_not_peer = in_processes(name, self.n_tasks, settings)
             if why_not or why_not_peer:
-                yield Line(self.name, refused=why_not or why_not_peer)
+                yield Line(self.name, skipped=why_not or why_not_peer)
                 continue
             yield Line(
                 self.name,
@@ -120,7 +120,7 @@ class MemoryGrowthRow:
         few, why_not = in_processes(*self.small[:2], settings)
         many, why_not_many = in_processes(*self.large[:2], settings)
         if why_not or why_not_many:
-            return [Line(self.name, refused=why_not or why_not_many)]
+            return [Line(self.name, skipped=why_not or why_not_many)]
         return [
             Line(
                 self.name,

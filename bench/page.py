@@ -1,4 +1,4 @@
-"""`python -m bench page FILE`: the README's table of speeds and its picture, from a file of results."""
+"""`python -m bench page FILE`: the README's table of speeds and its pictures, from a file of results."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from pathlib import Path
 from mtl_fast.training.figures import INK, PALE, RIGHT, WIDTH, WRONG, blank_figure, write_picture
 
 from .harness import Target
-from .records import Record, latest, read, spread_of, words_of
+from .records import Record, latest, line_of, read, spread_of, words_of
 from .report import value_in_unit, verdict
+from .scaling import picture as scaling_picture
 
 
 def page(file: Path, folder: Path) -> None:
-    """Writes speed.md and speed.png into `folder`.
+    """Writes speed.md and speed.png into `folder`, and share.png and scaling.png where there are such rows.
 
     Raises:
         ValueError: the file has no finished row, or only quick ones, which are not to be quoted.
     """
-    found = [r for r in latest(read(file)).values() if not r["quick"] and not r["refused"]]
+    found = [r for r in latest(read(file)).values() if not r["quick"] and r["values"]]
     if not found:
         raise ValueError(f"{file}: no finished row that may be quoted; `python -m bench all` makes them")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.md").write_text(markdown(found), "utf-8")
     bars(folder / "speed.png", [r for r in found if _is_ratio(r)])
+    shares(folder / "share.png", found)
+    scaling = [line_of(r) for r in found if "axis" in r["details"]]
+    if scaling:
+        scaling_picture(folder / "scaling.png", scaling)
 
 
 def markdown(found: Sequence[Record]) -> str:
@@ -88,6 +93,28 @@ def bars(path: Path, found: Sequence[Record]) -> None:
         axes.grid(axis="x", color=PALE)
         axes.set_axisbelow(True)
         axes.set_xlabel("times faster; solid mark: the least we ask for, dotted: what we aim at")
+        write_picture(figure, path)
+
+
+def shares(path: Path, found: Sequence[Record]) -> None:
+    """How much of the measured peak each row reaches, in the direct algorithm's arithmetic; nothing without such rows."""
+    share = {r["row"]: r["share"] for r in found if r["share"] is not None}
+    if not share:
+        return
+    with blank_figure(WIDTH, 140 + 44 * len(share), "constrained") as figure:
+        axes = figure.add_subplot()
+        axes.barh(range(len(share)), [100 * value for value in share.values()], height=0.6, color=RIGHT)
+        for y, value in enumerate(share.values()):
+            axes.annotate(f"{value:.0%}", (100 * value, y), (6, 0), textcoords="offset points", va="center")
+        axes.axvline(100, color=INK, linewidth=1.4)
+        axes.set_yticks(range(len(share)), share)
+        axes.set_ylim(len(share) - 0.4, -0.6)
+        axes.set_xlim(0, 115 * max(1, *share.values()))
+        axes.grid(axis="x", color=PALE)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(
+            "% of a large matrix product's rate in the same run; Winograd's algorithm can exceed 100"
+        )
         write_picture(figure, path)
 
 

@@ -36,6 +36,7 @@ PARTS = {
     "maml": Part("the step of MAML, its time and its memory", ("inner_loops",)),
     "pretrain": Part("the pre-training step", ("pretrain",)),
     "evaluate": Part("evaluation of many tasks", ("evaluate",)),
+    "libraries": Part("other libraries on the jobs they share with us, where installed", ("libraries",)),
     "scaling": Part("time against tasks, shots, ways, inner steps, width", ("scaling",)),
 }
 ALL = "all"

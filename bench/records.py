@@ -113,7 +113,7 @@ def latest(records: Iterable[Record]) -> dict[tuple[str, ...], Record]:
 
 
 def measured(records: Iterable[Record], settings: Settings) -> dict[str, list[Line]]:
-    """Rows that need not be measured again: same commit, machine, settings, nothing refused. Row → its lines.
+    """Rows that need not be measured again: same commit, machine, settings, with values. Row → its lines.
 
     Changes that are not committed have no name, so there every row is measured anew.
     """
@@ -123,7 +123,7 @@ def measured(records: Iterable[Record], settings: Settings) -> dict[str, list[Li
     same = [name for name in now if name != "date"]
     lines: dict[str, list[Line]] = {}
     for found in latest(records).values():
-        if all(found.get(name) == now[name] for name in same) and not found["refused"]:
+        if all(found.get(name) == now[name] for name in same) and found["values"]:
             lines.setdefault(found["source"], []).append(line_of(found))
     return lines
 
@@ -144,6 +144,7 @@ def line_of(found: Record) -> Line:
         share=found["share"],
         target=Target(**target) if target else None,
         refused=found["refused"],
+        skipped=found.get("skipped", ""),
         note=found["note"],
         unit=found["unit"],
         family=Family(family["name"], family["n_rows"], Target(**family["target"])) if family else None,

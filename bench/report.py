@@ -56,7 +56,8 @@ def text(line: Line, settings: Settings) -> str:
     note = f"\n    note: {line.note}" if line.note else ""
     spread = line.spread
     if spread is None:
-        return f"{line.row:<{WIDTHS[0]}} refused: {line.refused}{note}"
+        why = f"skipped: {line.skipped}" if line.skipped else f"refused: {line.refused}"
+        return f"{line.row:<{WIDTHS[0]}} {why}{note}"
     ratio = f"{value_in_unit(spread.middle, line.unit)} ({_range(spread, line.unit)})"
     if line.best is not None:
         ratio += f", {value_in_unit(line.best, line.unit)}"

@@ -215,7 +215,8 @@ def _panel(axis: Any, label: str, points: Sequence[Line]) -> None:
     axis.plot(x, [s.middle for s in spreads], color=RIGHT, marker="o", markersize=4, linewidth=1.6)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xticks(x, [str(value) for value in x])
+    # Small enough for neighbours a factor of two apart.
+    axis.set_xticks(x, [str(value) for value in x], fontsize=7)
     axis.set_xticks([], minor=True)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")

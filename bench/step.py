@@ -32,12 +32,24 @@ from .networks import (
     random_store,
     trained_resnet12,
 )
-from .peers.meta_step import BatchedStep, Data, FoldedLayer, InnerLoop, MetaStep, PlainStep, Tasks
+from .peers.meta_step import (
+    BatchedStep,
+    Data,
+    FoldedLayer,
+    FrozenLayer,
+    InnerLoop,
+    MetaStep,
+    PlainStep,
+    Tasks,
+    VmappedStep,
+)
 
 INNER = InnerLoop(lr=0.05, n_steps=20)
 PIXELS = 32
-PLAIN = "per task, NCHW"
+PLAIN, VMAPPED = "per task, NCHW", "vmap over tasks"
 BATCHED = ("batched, NCHW", "batched, channels-last", "batched, channels-last, compiled")
+# The steps that take the layers as they are.
+UNFOLDED: dict[str, type[MetaStep[FrozenLayer]]] = {PLAIN: PlainStep, VMAPPED: VmappedStep}
 Step = Callable[[], Mapping[str, Tensor]]
 
 
@@ -109,8 +121,8 @@ class Problem:
         layers, head = layers_of(encoder, dtype), self._head().to(dtype)
         data = Data(self.store.images, PREPROCESS.mean, PREPROCESS.std)
         take: MetaStep
-        if name == PLAIN:
-            take = PlainStep(layers, head.weight, head.bias, data, self.shape.inner)
+        if name in UNFOLDED:
+            take = UNFOLDED[name](layers, head.weight, head.bias, data, self.shape.inner)
         else:
             memory_format = torch.contiguous_format if "NCHW" in name else torch.channels_last
             folded = [FoldedLayer.of(layer, memory_format) for layer in layers]
@@ -204,12 +216,12 @@ class HardTaskRow:
 def _case(quick: bool) -> Case:
     problem = Problem(Shape.of(quick=quick), n_tasks=2)
     encoder = problem.network()
-    peers = tuple(Contender(name, problem.peer(name, encoder)) for name in (PLAIN, *BATCHED))
+    peers = tuple(Contender(name, problem.peer(name, encoder)) for name in (*UNFOLDED, *BATCHED))
     n_support, n_query = problem.episodes.support.numel(), problem.episodes.query.numel()
     return Case(
         ours=Contender("ours", problem.ours(encoder)),
         peers=peers,
-        against=(Against((PLAIN,), Target(4, 6)), Against(BATCHED, Target(2, 3))),
+        against=(Against((PLAIN,), Target(4, 6)), Against((VMAPPED,)), Against(BATCHED, Target(2, 3))),
         expected=problem.expected(encoder),
         # Backward of the queries: the images' gradients and the weights', as much again each.
         flops=direct_flops(problem.shape.widths, PIXELS) * (n_support + 3 * n_query),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,25 @@ def test_the_page_has_rows_with_targets_and_names_the_machine(tmp_path: Path) ->
     page(file, tmp_path / "page")
     assert (tmp_path / "page" / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert LINE.row in (tmp_path / "page" / "speed.md").read_text("utf-8")
+
+
+def test_the_page_draws_shares_of_the_peak_and_scaling_where_there_are_such_rows(tmp_path: Path) -> None:
+    file, folder = tmp_path / "lines.jsonl", tmp_path / "page"
+    append(file, [record(LINE, SETTINGS)])
+    page(file, folder)
+    assert {path.name for path in folder.iterdir()} == {"speed.md", "speed.png"}
+    details = {"what": "step", "axis": "tasks", "value": 2, "seconds": [0.1, 0.2]}
+    point = Line("scaling, step, tasks 2", values=(20.0, 10.0), unit=" tasks/s", details=details)
+    append(file, [record(replace(LINE, share=1.5), SETTINGS), record(point, SETTINGS)])
+    page(file, folder)
+    assert {path.name for path in folder.iterdir()} == {"speed.md", "speed.png", "share.png", "scaling.png"}
+
+
+def test_skipped_rows_are_tried_again(commit: list[str]) -> None:
+    skipped = Line("a, b, c", source="a, b, c", skipped="not installed")
+    found = json.loads(json.dumps(record(skipped, SETTINGS)))
+    assert line_of(found) == skipped
+    assert measured([found], SETTINGS) == {}
 
 
 def test_quick_and_refused_rows_are_not_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
