@@ -186,7 +186,7 @@ class Config:
     seed: int = 0
     """One seed; every part of the run draws from a named stream made of it."""
     device: str = "auto"
-    """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`, …"""
+    """`auto` (a GPU when there is one), or a device as torch names it, such as `cpu` or `cuda`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the encoder in training; everything else, validation and test stay in fp32."""
 
