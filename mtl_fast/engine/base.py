@@ -98,6 +98,8 @@ class Engine(ABC):
             raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
         if self.order not in ("first", "second"):
             raise ValueError(f"order: {self.order!r} is neither first nor second")
+        if self.images_per_chunk is not None and self.images_per_chunk < 1:
+            raise ValueError(f"images_per_chunk: expected at least 1, or None, got {self.images_per_chunk}")
 
     def step(self, episodes: Episodes) -> StepOutput:
         """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,20 @@ class Preprocess:
 
     Attributes:
         mean, std: per channel, of 255.
+
+    Raises:
+        ValueError: not three finite numbers each, or a deviation that is not positive.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name}: expected three finite numbers, one a channel, got {tuple(values)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: expected positive numbers, got {tuple(self.std)}")
 
     def __call__(
         self,

@@ -23,6 +23,8 @@ class Conv4(Encoder):
 
     def __init__(self, width: int = 32, *, image_size: int = 84, eps: float = 1e-5) -> None:
         super().__init__()
+        if width < 1:
+            raise ValueError(f"width: expected at least 1 channel, got {width}")
         if image_size < 16:
             raise ValueError(
                 f"image_size: Conv-4 halves its map four times and needs at least 16 pixels, got {image_size}"

@@ -15,12 +15,17 @@ class LinearHead(nn.Module):
         n_way: classes a task, or of pre-training.
         init: ``zeros``, or ``normal`` (Kaiming, bias 0, as the public code of MTL starts).
         generator: random stream of ``normal``.
+
+    Raises:
+        ValueError: no feature or class, or another `init`.
     """
 
     def __init__(
         self, feature_dim: int, n_way: int, *, init: str = "normal", generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
+        if feature_dim < 1 or n_way < 1:
+            raise ValueError(f"feature_dim and n_way: expected at least 1 each, got {feature_dim} and {n_way}")
         if init not in ("normal", "zeros"):
             raise ValueError(f"init: {init!r} is neither normal nor zeros")
         self.weight = nn.Parameter(torch.zeros(n_way, feature_dim))

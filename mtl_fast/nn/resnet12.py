@@ -124,6 +124,12 @@ class ResNet12(Encoder):
         mask: Tensor | None = None,
         weights: Sequence[EffectiveWeights | None] | None = None,
     ) -> Embeddings:
+        smallest = 2 ** len(self.layers)
+        if images.ndim == 4 and min(images.shape[2:]) < smallest:
+            raise ValueError(
+                f"images: {tuple(images.shape)} are halved {len(self.layers)} times; give at least "
+                f"{smallest}×{smallest} pixels"
+            )
         x, statistics = images, Statistics()
         effective = iter(weights) if weights is not None else None
 

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import Config, preset
+from ..errors import InputError
 from . import report
 from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
@@ -108,6 +109,8 @@ def results(
         workers: runs at a time, each on one thread, so that the bits depend on no thread count; 0: a core each.
         device: as in `Config`.
     """
+    if workers < 0:
+        raise InputError(f"--workers is {workers}; give a number of runs at a time, or 0 for one a core")
     output, publish = Path(output), Path(publish)
     config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
