@@ -13,7 +13,7 @@ RESULTS_FLAGS ?=
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env native demo test sanitize results lint types bench clean
+.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
 	@echo "make bench     microbenchmarks of each operation (python -m bench: beside the best of plain PyTorch)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
+	@echo "make docs      the pages and the reference, into build/docs/index.html"
 	@echo "make lint | types | native | env | clean"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS= TEST_FLAGS=$(TEST_FLAGS) DEMO_FLAGS="
 
@@ -55,6 +56,15 @@ sanitize: env
 results: native
 	$(BIN)/mtl-fast results $(RESULTS_FLAGS)
 	$(BIN)/python tools/update_readme.py
+
+# The pages of docs/ and the reference from the docstrings, into build/docs; a warning is an error.
+docs: env
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/docs.txt
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
+# Runs the snippets of the tutorial and draws its pictures.
+docs-pictures: env
+	$(BIN)/python tools/tutorial_pictures.py
 
 lint: env
 	$(BIN)/ruff check .
