@@ -13,13 +13,14 @@ RESULTS_FLAGS ?=
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env native demo test sanitize results lint types bench clean
+.PHONY: help env native demo test sanitize results shipped-model lint types bench clean
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
 	@echo "make test      all tests"
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
 	@echo "make bench     microbenchmarks of each operation (python -m bench: beside the best of plain PyTorch)"
+	@echo "make shipped-model  train and pack the model that the package ships for Glyphs (minutes)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
 	@echo "make lint | types | native | env | clean"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS= TEST_FLAGS=$(TEST_FLAGS) DEMO_FLAGS="
@@ -55,6 +56,9 @@ sanitize: env
 results: native
 	$(BIN)/mtl-fast results $(RESULTS_FLAGS)
 	$(BIN)/python tools/update_readme.py
+
+shipped-model: native
+	$(BIN)/python tools/ship_model.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ from ..random_streams import RandomStreams
 from . import checkpoint
 
 SMALLEST_IMAGE = 16  # four poolings leave one pixel
+# The small model that the package ships for Glyphs; `make shipped-model` makes it.
+SHIPPED = Path(__file__).resolve().parents[1] / "models" / "glyphs.safetensors"
 
 
 def build_encoder(
