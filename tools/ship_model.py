@@ -83,7 +83,7 @@ def main() -> None:
     after = validated(small, experiment)
     moved = paired_difference(after.task_accuracy, before.task_accuracy)
     print(f"{arguments.output}: {arguments.output.stat().st_size:,} bytes")
-    print(f"as trained: {before} %; as shipped: {after} %; difference {moved.percent(signed=True)}")
+    print(f"as trained: {before}; as shipped: {after}; difference {moved.percent(signed=True)}")
     print(json.dumps(small.meta["trained"], indent=1))
 
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mtl_fast.errors import InputError
+from mtl_fast.files import replace_file
 
 Value = float | int | str | None
 
@@ -121,9 +122,7 @@ class RunLog:
 
     def _rewrite(self, rows: Iterable[dict[str, str]]) -> None:
         text = self._line({name: name for name in self._columns}) + "".join(map(self._line, rows))
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(text, encoding="utf-8", newline="")
-        os.replace(partial, self.path)
+        replace_file(self.path, [text.encode("utf-8")])
 
     def _line(self, values: dict[str, Any]) -> str:
         text = io.StringIO()

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import Config
 from ..engine.ranks import ALONE, CommonEnd, Ranks
 from ..errors import InputError
+from ..files import replace_file
 from ..kernels import native
 from ..kernels.native.build import runnable_variants
 from ..ops.backend import ENVIRONMENT_VARIABLE
@@ -220,10 +221,8 @@ def write_bytes(path: Path, payload: bytes) -> None:
     Raises:
         InputError: it cannot be written; the old one is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(payload)
-        os.replace(partial, path)
+        replace_file(path, [payload])
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free some space or give another --output"

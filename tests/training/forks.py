@@ -75,7 +75,7 @@ def die_at(point: str) -> None:
             kind._update = update  # type: ignore[method-assign]
         return
 
-    from mtl_fast.training import checkpoint
+    from mtl_fast import files
 
     seen = 0
 
@@ -102,7 +102,7 @@ def die_at(point: str) -> None:
                 os.fsync(self.file.fileno())
                 die()
 
-        checkpoint.open = Half  # type: ignore[attr-defined]
+        files.open = Half  # type: ignore[attr-defined]
         return
     replace = os.replace
 
