@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .cli_tools import Build, Data, Doctor, Export, Import
+from .cli_tools import Build, Data, Doctor, Export, Import, Predict
 from .config import (
     PRESETS,
     Config,
@@ -234,6 +234,7 @@ def commands(config: Config) -> dict[str, Any]:
         "meta-train": MetaTrain(**common, meta=config.meta),
         "evaluate": Evaluate(),
         "embed": Embed(tyro.MISSING, tyro.MISSING),
+        "predict": Predict(tyro.MISSING),
         "import": Import(tyro.MISSING, tyro.MISSING),
         "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
         "data": Data(tyro.MISSING, tyro.MISSING),

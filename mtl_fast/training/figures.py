@@ -224,7 +224,7 @@ def episode_picture(
     right = left_query + n_query * (cell + between) - between
     height = head + n_way * pitch + 16
     with blank_figure(WIDTH, height) as figure:
-        page = _Page(figure, height)
+        page = Page(figure, height)
         n_right = int((labels == predicted).sum())
         result = f"{n_right} of {len(labels)} queries right ({100 * n_right / max(1, len(labels)):.0f} %)"
         page.text(
@@ -261,7 +261,7 @@ def episode_picture(
         write_picture(figure, Path(path))
 
 
-class _Page:
+class Page:
     """A figure to draw on in pixels, from the top left corner."""
 
     def __init__(self, figure: Any, height: int) -> None:
