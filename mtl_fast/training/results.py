@@ -25,8 +25,9 @@ from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
 from .evaluate import save_score
 from .experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment, Row
+from .folder_lock import FolderLock
 from .models import device_of
-from .run import Interrupted, tell_of_missing_kernels, write_text
+from .run import Interrupted, make_folder, tell_of_missing_kernels, write_text
 from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
 
 SHOTS = (1, 5)
@@ -112,7 +113,8 @@ def results(
     config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
         tell_of_missing_kernels()  # here, for the workers are silent
-    with _pool(workers or os.cpu_count() or 1) as pool:
+    make_folder(output)
+    with FolderLock(output), _pool(workers or os.cpu_count() or 1) as pool:
 
         def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:
             jobs = [
@@ -131,7 +133,7 @@ def results(
         chosen = {row: _best(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
         cells += run([(row, 5, rate) for row, rate in chosen.items()], "5-shot")
     best = {(row.key, n): _best(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
-    publish.mkdir(parents=True, exist_ok=True)
+    make_folder(publish)
     write_text(publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n")
     write_text(publish / "results.md", _markdown(cells, best, seeds))
     draw_curves(publish / "curves.png", {key: _mean_curve(cell) for key, cell in best.items()})

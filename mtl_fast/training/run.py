@@ -24,6 +24,7 @@ from ..kernels import native
 from ..kernels.native.build import runnable_variants
 from ..ops.backend import ENVIRONMENT_VARIABLE
 from . import checkpoint
+from .folder_lock import FolderLock
 
 
 class Interrupted(CommonEnd):
@@ -81,8 +82,11 @@ class RunFolder:
         ranks: the processes of this run.
 
     Raises:
-        InputError: the folder cannot be made, or holds a run and `resume` is off, or a run that cannot go on: its
-            checkpoint is gone, or it has other settings or inputs.
+        InputError: the folder cannot be made, or another process is at work there, or it holds a run and `resume` is
+            off, or a run that cannot go on: its checkpoint is gone, or it has other settings or inputs.
+
+    Attributes:
+        lock: nobody else gets the folder before it is released.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class RunFolder:
         self.tensors: dict[str, Tensor] = {}
         self.meta: dict[str, Any] = {}
         self.finished = False
+        self.lock = FolderLock(None)
         with ranks.together():
             if ranks.first:
                 self._take(resume)
@@ -112,6 +117,7 @@ class RunFolder:
                 f"{self.path}: holds a run already ({occupied[0].name}); --resume continues it, or give another --output"
             )
         make_folder(self.path)
+        self.lock = FolderLock(self.path)
         if self.checkpoint.exists():
             self.tensors, self.meta = checkpoint.load(self.checkpoint)
             self._check_same()
