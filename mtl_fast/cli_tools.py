@@ -107,11 +107,9 @@ class Predict:
 
     def run(self) -> None:
         from .training.predict import PICTURE, TABLE, predict_images
-        from .training.run import make_folder
 
-        make_folder(self.output)  # before the work, not after it
-        found = predict_images(self.support, self.images, checkpoint=self.checkpoint, device=self.device)
-        found.save(self.output)
+        options = {name: getattr(self, name) for name in ("checkpoint", "output", "device")}
+        found = predict_images(self.support, self.images, **options)
         print(f"{found}\nall of it: {self.output / TABLE}; seen at a glance: {self.output / PICTURE}")
 
 

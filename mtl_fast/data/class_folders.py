@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,21 +51,19 @@ class SortedImages(NamedTuple):
     deeper: list[Path]  # in folders below them
 
 
-def sorted_images(folder: Path, layout: str, *, leave_out: Path | None = None) -> SortedImages:
+def sorted_images(folder: Path, layout: str, *, leave_out: Collection[Path] = ()) -> SortedImages:
     """The image files in `folder`, hidden files and files of other kinds passed over.
 
     Args:
         folder: holds a folder a class.
         layout: what is expected there, in words.
-        leave_out: a folder in it that is no class.
+        leave_out: folders in it that are no class, resolved.
 
     Raises:
         InputError: no class folder, or one without images, or one that cannot be read.
     """
     class_folders, files = names_in(folder)
-    names = [
-        name for name in sorted(class_folders) if leave_out is None or not _same(folder / name, leave_out)
-    ]
+    names = [name for name in sorted(class_folders) if (folder / name).resolve() not in leave_out]
     if not names:
         held = f"{len(files)} files but no class folders" if files else "nothing"
         raise InputError(f"{folder}: holds {held}; expected {layout}")
@@ -80,10 +78,6 @@ def sorted_images(folder: Path, layout: str, *, leave_out: Path | None = None) -
             raise InputError(f"{folder / name}: no {kinds} file in this class{where}; add some or remove it")
         found.deeper.extend(deeper)
     return found
-
-
-def _same(folder: Path, other: Path) -> bool:
-    return folder.resolve() == other.resolve()
 
 
 def images_below(folder: Path) -> Iterator[Path]:

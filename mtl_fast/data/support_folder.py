@@ -31,35 +31,37 @@ class SupportFolder:
     root: Path
 
     @classmethod
-    def find(cls, support: str | Path, images: str | Path | None = None) -> SupportFolder:
+    def find(
+        cls, support: str | Path, images: str | Path | None = None, *, written: Path | None = None
+    ) -> SupportFolder:
         """Looks for examples and for images to label.
 
         Args:
             support: a folder of class folders, any number of examples each.
             images: a folder of images, at any depth, or one image; it may lie in `support` and is no class there. None:
                 the images beside the class folders.
+            written: a picture that an earlier run may have left there; it is none to label, and a folder that holds
+                nothing else is no class.
 
         Raises:
             InputError: a folder that is missing or cannot be read, fewer than two classes, a class without an image, or
                 nothing to label.
         """
-        folder = Path(support)
+        folder, root = Path(support), Path(support if images is None else images)
         _require(folder, f"expected a folder of class folders, {LAYOUT}", is_folder=True)
-        if images is None:
-            found = sorted_images(folder, LAYOUT)
-            unsorted, root = found.loose, folder
+        _require(root, "expected a folder of images, or an image")
+        no_class = {root.resolve(), *_holding_only(written, folder)}
+        found = sorted_images(folder, LAYOUT, leave_out=no_class)
+        if root.resolve() == folder.resolve():
+            root, unsorted = folder, found.loose  # however it was written
             nothing = (
                 "no image lies beside its class folders; put some there, or name a folder of images to label"
             )
         else:
-            root = Path(images)
-            _require(root, "expected a folder of images, or an image")
-            # The other way to say that they lie beside the class folders.
-            if root.resolve() == folder.resolve():
-                return cls.find(folder)
-            found = sorted_images(folder, LAYOUT, leave_out=root)
             unsorted = list(images_below(root)) if root.is_dir() else [root]
             nothing = f"no {', '.join(SUFFIXES)} file to label"
+        if written is not None:
+            unsorted = [file for file in unsorted if file.resolve() != written.resolve()]
         if len(found.classes) < 2:
             only = next(iter(found.classes))
             raise InputError(
@@ -88,6 +90,16 @@ def read_images(files: Sequence[Path], image_size: int) -> NDArray[np.uint8]:
     """
     check_image_size(image_size)
     return decode_images([Encoded(str(file), file) for file in files], image_size, None, "images")
+
+
+def _holding_only(written: Path | None, folder: Path) -> list[Path]:
+    """The folder in `folder` that holds this file somewhere and no image of its own; resolved."""
+    if written is None or not written.resolve().is_relative_to(folder.resolve()):
+        return []
+    way = written.resolve().relative_to(folder.resolve()).parts[:-1]
+    if not way or next(images_below(folder / way[0]), written.resolve()).resolve() != written.resolve():
+        return []
+    return [folder.resolve() / way[0]]
 
 
 def _require(path: Path, expected: str, *, is_folder: bool = False) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -22,7 +22,7 @@ _claimed: dict[tuple[int, int], tuple[int, int]] = {}
 
 
 class FolderLock:
-    """This process's claim to a folder: from the start, until `release` or until the process ends, however it ends.
+    """This process's claim to a folder: from the start until `release`, or the end of this object or of the process.
 
     It is the system's lock (flock) on the folder itself: no file tells of it, so that no kill can leave one behind, and a
     clock that runs backwards changes nothing. A process may claim again what it has. Systems and network drives
@@ -38,12 +38,12 @@ class FolderLock:
 
     def __init__(self, folder: Path | None, *, shared: bool = False) -> None:
         self._folder, self._shared = folder, shared
-        self._key: tuple[int, int] | None = None
+        self._give_back: weakref.finalize | None = None
         self.claim()
 
     def claim(self) -> None:
         """Takes the folder, unless this claim holds already."""
-        if self._folder is None or self._key is not None or fcntl is None:
+        if self._folder is None or self._give_back is not None or fcntl is None:
             return
         try:
             descriptor = os.open(self._folder, os.O_RDONLY)
@@ -60,7 +60,7 @@ class FolderLock:
                 f"{self._folder}: another run is at work there; wait until it ends, or give another --output"
             )
         _claimed[key] = held, n_claims + 1
-        self._key = key
+        self._give_back = weakref.finalize(self, _unclaim, key)
 
     def _locked(self, descriptor: int) -> bool:
         """Whether the lock was to be had, or there are none here."""
@@ -80,15 +80,9 @@ class FolderLock:
 
     def release(self) -> None:
         """Gives the folder back; twice does no harm."""
-        if self._key is None:
-            return
-        descriptor, n_claims = _claimed.pop(self._key)
-        if n_claims > 1:
-            _claimed[self._key] = descriptor, n_claims - 1
-        else:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._key = None
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
 
     def __enter__(self) -> FolderLock:
         self.claim()
@@ -98,3 +92,11 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _unclaim(key: tuple[int, int]) -> None:
+    descriptor, n_claims = _claimed.pop(key)
+    if n_claims > 1:
+        _claimed[key] = descriptor, n_claims - 1
+    else:
+        os.close(descriptor)

@@ -81,6 +81,7 @@ def predict_images(
     images: str | Path | None = None,
     *,
     checkpoint: str | Path | None = None,
+    output: str | Path | None = None,
     device: str = "auto",
 ) -> Predictions:
     """Fits a model's head to the examples, by its inner loop, and labels the other images.
@@ -93,13 +94,17 @@ def predict_images(
         images: the images to label, a folder at any depth or one image; None: those beside the class folders.
         checkpoint: model file, or run folder, of `pretrain`, `meta-train` or `import`; None: the small model for written
             characters that comes with the package.
+        output: folder for predictions.csv and predictions.png; it may lie among the images. None writes nothing.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         InputError: folders or images that do not fit (see `SupportFolder` and `read_images`), or a model that
-            `FewShotClassifier.load` refuses.
+            `FewShotClassifier.load` refuses, or an output that cannot be written.
     """
-    found = SupportFolder.find(support, images)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        make_folder(folder)  # before the work, not after it
+    found = SupportFolder.find(support, images, written=None if folder is None else folder / PICTURE)
     classifier = FewShotClassifier.load(SHIPPED if checkpoint is None else checkpoint, device=device)
     assert classifier.image_size is not None  # a model file has one
     examples = [read_images(files, classifier.image_size) for files in found.support.values()]
@@ -107,13 +112,16 @@ def predict_images(
     # Numbers, for class names would be sorted otherwise than folders where they are no text.
     labels = np.repeat(np.arange(len(examples)), [len(each) for each in examples])
     classifier.fit(np.concatenate(examples), labels)
-    return Predictions(
+    predictions = Predictions(
         tuple(str(file.relative_to(found.root)) for file in found.unsorted),
         tuple(found.support),
         classifier.predict_proba(queries),
         queries,
         tuple(examples),
     )
+    if folder is not None:
+        predictions.save(folder)
+    return predictions
 
 
 def _printable(text: str) -> str:

@@ -108,13 +108,23 @@ def results(
         seeds: one experiment each.
         workers: runs at a time, each on one thread, so that the bits depend on no thread count; 0: a core each.
         device: as in `Config`.
+
+    Raises:
+        InputError: a folder cannot be made, or another process is at work in `output`.
     """
     output, publish = Path(output), Path(publish)
     config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
         tell_of_missing_kernels()  # here, for the workers are silent
-    make_folder(output)
-    with FolderLock(output), _pool(workers or os.cpu_count() or 1) as pool:
+    for folder in (output, publish):  # before the work, not after it
+        make_folder(folder)
+    with FolderLock(output):
+        _results(config, output, publish, seeds, workers)
+
+
+def _results(config: Config, output: Path, publish: Path, seeds: Sequence[int], workers: int) -> None:
+    """The results in a folder that is this process's own."""
+    with _pool(workers or os.cpu_count() or 1) as pool:
 
         def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:
             jobs = [
@@ -133,7 +143,6 @@ def results(
         chosen = {row: _best(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
         cells += run([(row, 5, rate) for row, rate in chosen.items()], "5-shot")
     best = {(row.key, n): _best(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
-    make_folder(publish)
     write_text(publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n")
     write_text(publish / "results.md", _markdown(cells, best, seeds))
     draw_curves(publish / "curves.png", {key: _mean_curve(cell) for key, cell in best.items()})

@@ -54,6 +54,16 @@ def test_a_folder_of_images_among_the_examples_is_no_class(root: Path) -> None:
     assert names(found) == ["1.png", "2.png", "deep/3.png"]
 
 
+@pytest.mark.parametrize("output", ["s", "s/runs", "s/runs/predict", "q", "q/deep", "s/ant/out"])
+def test_what_an_earlier_run_wrote_is_no_image_and_no_class(root: Path, output: str) -> None:
+    before = {images: names(SupportFolder.find(root / "s", images)) for images in (None, root / "q")}
+    written = write(root / output / "predictions.png", picture())
+    for images, expected in before.items():
+        found = SupportFolder.find(root / "s", images, written=written)
+        assert names(found) == expected
+        assert list(found.support) == ["ant", "bee"]
+
+
 def refused(*arguments: Any) -> str:
     with pytest.raises(InputError) as caught:
         SupportFolder.find(*arguments)

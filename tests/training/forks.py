@@ -214,7 +214,7 @@ def predict(folder: Path, data: str, resume: str = "") -> None:
     from mtl_fast.training.predict import predict_images
 
     root = Path(data)
-    predict_images(root / "train", root / "test" / "test0", device="cpu").save(folder)
+    predict_images(root / "train", root / "test" / "test0", output=folder, device="cpu")
 
 
 JOBS = {

@@ -79,6 +79,9 @@ def test_a_claim_lasts_until_its_last_release(tmp_path: Path) -> None:
     assert is_free(tmp_path)
     with outer:
         assert not is_free(tmp_path)
+    forgotten = FolderLock(tmp_path)
+    assert not is_free(tmp_path)
+    del forgotten
     assert is_free(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,20 @@ def test_the_command_prints_a_table_and_writes_a_csv_and_a_picture(
     with Image.open(output / "predictions.png") as image:
         assert image.size[0] == 1600
     assert sorted(path.name for path in output.iterdir()) == ["predictions.csv", "predictions.png"]
+
+
+def test_given_again_it_says_the_same_though_its_picture_lies_there(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of one's own images, where the default output is made."""
+    shutil.copytree(folder, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    texts = []
+    for _ in range(2):
+        assert main(["predict", ".", f"--checkpoint={pretrained}", "--device=cpu"]) == 0
+        texts.append(Path("runs/predict/predictions.csv").read_text())
+    assert texts[0] == texts[1]
+    assert texts[0].count("\n") == 10
 
 
 def test_a_long_table_is_cut_and_names_cannot_break_it() -> None:
