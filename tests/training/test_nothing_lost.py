@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +132,19 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     for path in tmp_path.rglob("*.safetensors"):
         checkpoint.load(path)  # whole
     goes_on(name, root, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["doctor", "--no-self-test"], ["evaluate", "--help"]], ids="-".join)
+def test_an_output_that_is_full_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mtl_fast", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr == (
+        "mtl-fast: error: the output: cannot be written (No space left on device); free some space\n"
+    )
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
