@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,8 @@ class SupportFolder:
 
         Args:
             support: a folder of class folders, any number of examples each.
-            images: a folder of images, at any depth, or one image; it may lie in `support` and is no class there. None:
-                the images beside the class folders.
+            images: a folder of images, at any depth, or one image; it may lie in `support` and is no class there, or
+                around it, where the examples are none to label. None: the images beside the class folders.
             written: a picture that an earlier run may have left there; it is none to label, and a folder that holds
                 nothing else is no class.
 
@@ -60,8 +61,9 @@ class SupportFolder:
         else:
             unsorted = list(images_below(root)) if root.is_dir() else [root]
             nothing = f"no {', '.join(SUFFIXES)} file to label"
-        if written is not None:
-            unsorted = [file for file in unsorted if file.resolve() != written.resolve()]
+        known = [*itertools.chain(*found.classes.values()), *([] if written is None else [written])]
+        others = {file.resolve() for file in known}
+        unsorted = [file for file in unsorted if file.resolve() not in others]
         if len(found.classes) < 2:
             only = next(iter(found.classes))
             raise InputError(

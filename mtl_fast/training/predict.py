@@ -102,14 +102,14 @@ def predict_images(
             `FewShotClassifier.load` refuses, or an output that cannot be written.
     """
     folder = None if output is None else Path(output)
-    if folder is not None:
-        make_folder(folder)  # before the work, not after it
     found = SupportFolder.find(support, images, written=None if folder is None else folder / PICTURE)
     classifier = FewShotClassifier.load(SHIPPED if checkpoint is None else checkpoint, device=device)
     assert classifier.image_size is not None  # a model file has one
+    if folder is not None:
+        make_folder(folder)  # before the work, not after it
     examples = [read_images(files, classifier.image_size) for files in found.support.values()]
     queries = read_images(found.unsorted, classifier.image_size)
-    # Numbers, for class names would be sorted otherwise than folders where they are no text.
+    # Numbers keep the order of the folders.
     labels = np.repeat(np.arange(len(examples)), [len(each) for each in examples])
     classifier.fit(np.concatenate(examples), labels)
     predictions = Predictions(

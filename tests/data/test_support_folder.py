@@ -54,6 +54,11 @@ def test_a_folder_of_images_among_the_examples_is_no_class(root: Path) -> None:
     assert names(found) == ["1.png", "2.png", "deep/3.png"]
 
 
+def test_examples_are_none_to_label_where_the_images_lie_around_them(root: Path) -> None:
+    found = SupportFolder.find(root / "s", root)
+    assert names(found) == ["q/1.png", "q/2.png", "q/deep/3.png", "s/a.png", "s/b.png"]
+
+
 @pytest.mark.parametrize("output", ["s", "s/runs", "s/runs/predict", "q", "q/deep", "s/ant/out"])
 def test_what_an_earlier_run_wrote_is_no_image_and_no_class(root: Path, output: str) -> None:
     before = {images: names(SupportFolder.find(root / "s", images)) for images in (None, root / "q")}

@@ -128,6 +128,7 @@ def test_wrong_input_is_one_line(
     assert "is not a checkpoint of mtl_fast" in refused(str(folder), f"--checkpoint={folder / '0-0.png'}")
     (tmp_path / "bad.png").write_bytes(b"no image at all")
     assert "bad.png (15 bytes) is not an image" in refused(str(folder), str(tmp_path / "bad.png"))
+    assert not (tmp_path / "out" / "predictions.csv").exists()
     (tmp_path / "taken").write_text("mine")
     assert main(["predict", str(folder), f"--output={tmp_path / 'taken'}"]) == 2
     assert "cannot make this folder" in capsys.readouterr().err
