@@ -95,13 +95,13 @@ def read_images(files: Sequence[Path], image_size: int) -> NDArray[np.uint8]:
 
 
 def _holding_only(written: Path | None, folder: Path) -> list[Path]:
-    """The folder in `folder` that holds this file somewhere and no image of its own; resolved."""
+    """The folder in `folder` on the way to this file, if it is there and holds no other image; resolved."""
     if written is None or not written.resolve().is_relative_to(folder.resolve()):
         return []
-    way = written.resolve().relative_to(folder.resolve()).parts[:-1]
-    if not way or next(images_below(folder / way[0]), written.resolve()).resolve() != written.resolve():
-        return []
-    return [folder.resolve() / way[0]]
+    first, *rest = written.resolve().relative_to(folder.resolve()).parts
+    place = folder.resolve() / first
+    alone = rest and place.is_dir() and all(file == written.resolve() for file in images_below(place))
+    return [place] if alone else []
 
 
 def _require(path: Path, expected: str, *, is_folder: bool = False) -> None:

@@ -62,11 +62,18 @@ def test_examples_are_none_to_label_where_the_images_lie_around_them(root: Path)
 @pytest.mark.parametrize("output", ["s", "s/runs", "s/runs/predict", "q", "q/deep", "s/ant/out"])
 def test_what_an_earlier_run_wrote_is_no_image_and_no_class(root: Path, output: str) -> None:
     before = {images: names(SupportFolder.find(root / "s", images)) for images in (None, root / "q")}
-    written = write(root / output / "predictions.png", picture())
-    for images, expected in before.items():
-        found = SupportFolder.find(root / "s", images, written=written)
-        assert names(found) == expected
-        assert list(found.support) == ["ant", "bee"]
+    written = root / output / "predictions.png"
+
+    def same() -> bool:
+        found = [SupportFolder.find(root / "s", images, written=written) for images in before]
+        assert all(list(each.support) == ["ant", "bee"] for each in found)
+        return [names(each) for each in found] == list(before.values())
+
+    assert same(), "before the first run"
+    written.parent.mkdir(parents=True, exist_ok=True)
+    assert same(), "after one that failed"
+    write(written, picture())
+    assert same()
 
 
 def refused(*arguments: Any) -> str:
