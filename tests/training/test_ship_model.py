@@ -78,6 +78,7 @@ def test_packing_moves_each_weight_by_half_a_step_at_most(
         elif name.endswith(".weight"):
             step = after[layer + "scale"]
             assert step.shape == (len(tensor), 1, 1, 1)
+            assert bool((after[name].abs().amax(dim=(1, 2, 3)) == 127).all()), "all of the eight bits"
             error = (tensor * before[layer + "scale"] - after[name] * step).abs()
             assert bool((error <= step * (0.5 + 1e-5)).all()), name
     images = tiny.split("test").images[:40]
