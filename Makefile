@@ -13,13 +13,15 @@ RESULTS_FLAGS ?=
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean
+.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean soak shipped-model
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
 	@echo "make test      all tests"
+	@echo "make soak      every phase killed at 100 random moments and gone on with (minutes)"
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
 	@echo "make bench     microbenchmarks of each operation (python -m bench: beside the best of plain PyTorch)"
+	@echo "make shipped-model  train and pack the model that the package ships for Glyphs (minutes)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
 	@echo "make docs      the pages and the reference, into build/docs/index.html"
 	@echo "make lint | types | native | env | clean"
@@ -45,6 +47,10 @@ demo: native
 test: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
 
+# What is killed runs on one thread, so that the bits depend on no other work of the machine.
+soak: native
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.soak $(SOAK_FLAGS)
+
 # The sanitizer's runtime has to come first in the process, and finds the C++ runtime's symbols only if that is there
 # too. Leaks are not looked for: the interpreter and torch keep memory to the end of the process.
 sanitize: env
@@ -65,6 +71,9 @@ docs: env
 # Runs the snippets of the tutorial and draws its pictures.
 docs-pictures: env
 	$(BIN)/python tools/tutorial_pictures.py
+
+shipped-model: native
+	$(BIN)/python tools/ship_model.py
 
 lint: env
 	$(BIN)/ruff check .

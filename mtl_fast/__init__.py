@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .training.import_weights import import_weights
     from .training.meta_train import meta_train
     from .training.models import load_model
+    from .training.predict import predict_images
     from .training.pretrain import pretrain
 
 _HOME = {
@@ -74,6 +75,7 @@ _HOME = {
     "import_weights": "training.import_weights",
     "load_model": "training.models",
     "meta_train": "training.meta_train",
+    "predict_images": "training.predict",
     "pretrain": "training.pretrain",
 }
 
@@ -107,6 +109,7 @@ __all__ = [
     "load_model",
     "load_split",
     "meta_train",
+    "predict_images",
     "preset",
     "pretrain",
     "scale_shift_parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .cli_tools import Build, Data, Doctor, Export, Import
+from .cli_tools import Build, Data, Doctor, Export, Import, Predict
 from .config import (
     PRESETS,
     Config,
@@ -234,6 +235,7 @@ def commands(config: Config) -> dict[str, Any]:
         "meta-train": MetaTrain(**common, meta=config.meta),
         "evaluate": Evaluate(),
         "embed": Embed(tyro.MISSING, tyro.MISSING),
+        "predict": Predict(tyro.MISSING),
         "import": Import(tyro.MISSING, tyro.MISSING),
         "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
         "data": Data(tyro.MISSING, tyro.MISSING),
@@ -298,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         try:
             status: int | None = command.run()
+            sys.stdout.flush()
         except Interrupted as stopped:
             print(f"mtl-fast: {stopped}", file=sys.stderr)
             return 130
@@ -310,10 +313,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
-        # The reader went away (`… --help | head`); Python must not fail again when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader went away (`… --help | head`).
+        _drop_output()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+            raise
+        where = error.filename or "the output"
+        print(
+            f"mtl-fast: error: {where}: cannot be written ({error.strerror}); free some space",
+            file=sys.stderr,
+        )
+        if error.filename is None:
+            _drop_output()
+        return 2
     return status or 0
+
+
+def _drop_output() -> None:
+    """What is left of the output goes nowhere: Python must not fail again when it flushes it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commands around training: kernels, the state of this machine, data, and weights from and for other programs."""
+"""Commands around training: kernels, this machine, data, labels for one's own images, weights from and for others."""
 
 from __future__ import annotations
 
@@ -88,6 +88,29 @@ class Data:
         sheet = self.output / "contact_sheet.png"
         write_contact_sheet(sheet, {name: split.store for name, split in info.splits.items()})
         print(f"{info}\nSome of it: {sheet}")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Label your own images from a few examples a class: prints a table, writes a CSV and a picture."""
+
+    support: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SUPPORT")]
+    """Folder with a folder of examples for each class."""
+    images: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[IMAGES]")] = None
+    """Images to label, a folder or one image; without it, those beside the class folders."""
+    checkpoint: Path | None = None
+    """Model file, or run folder; without it, the small model for written characters that comes with the package."""
+    output: Path = Path("runs/predict")
+    """Folder for predictions.csv and predictions.png."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+
+    def run(self) -> None:
+        from .training.predict import PICTURE, TABLE, predict_images
+
+        options = {name: getattr(self, name) for name in ("checkpoint", "output", "device")}
+        found = predict_images(self.support, self.images, **options)
+        print(f"{found}\nall of it: {self.output / TABLE}; seen at a glance: {self.output / PICTURE}")
 
 
 @dataclass(frozen=True)

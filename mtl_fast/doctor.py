@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 
 from . import __version__
+from .errors import InputError
 from .kernels import native
 from .ops.backend import ENVIRONMENT_VARIABLE, OPERATIONS, why
 
@@ -24,6 +26,9 @@ OPTIONAL = {
     "tensorboard": "logs in TensorBoard's format",
     "ninja": "compiling the CPU kernels",
 }
+
+LEAST_FREE = 2**30  # bytes; a run's checkpoints and a small data set's images
+SHIPPED_ACCURACY = 0.7601  # of the model that comes with the package, on the first 100 test tasks of seed 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def doctor(*, self_test: bool = True) -> int:
 def _sections(self_test: bool) -> Iterator[tuple[str, Iterator[Finding]]]:
     yield "Versions", _versions()
     yield "Machine", _machine()
+    yield "Folders", _folders()
     yield "CPU kernels", _kernels()
     yield "Which backend runs each operation (float32 on the CPU)", _backends()
     if self_test:
@@ -105,7 +111,10 @@ def _machine() -> Iterator[Finding]:
         yield Finding("threads", f"{threads} of {cores} cores")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            yield Finding(f"cuda:{i}", torch.cuda.get_device_name(i))
+            device = torch.cuda.get_device_properties(i)
+            size = f"{device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"
+            yield Finding(f"cuda:{i}", f"{device.name}, {size}")
+        yield _triton()
     elif torch.version.cuda is None:
         yield Finding("GPU", "none: this torch was built without CUDA")
     else:
@@ -115,6 +124,36 @@ def _machine() -> Iterator[Finding]:
             "could be better",
             "where there is a GPU, look at its driver: nvidia-smi",
         )
+
+
+def _triton() -> Finding:
+    """What GPU kernels need; without it a GPU computes with plain PyTorch."""
+    from .kernels import triton
+
+    can, reason = triton.load()
+    if can:
+        return Finding("GPU kernels", reason)
+    return Finding("GPU kernels", reason, "could be better", "pip install triton")
+
+
+def _folders() -> Iterator[Finding]:
+    from .data.cache import ENVIRONMENT_VARIABLE as CACHE_VARIABLE
+    from .data.cache import cache_folder
+
+    yield _folder("decoded images", cache_folder(), f"{CACHE_VARIABLE} names another folder")
+    yield _folder("this folder", Path.cwd(), "give commands an --output elsewhere")
+
+
+def _folder(name: str, folder: Path, advice: str) -> Finding:
+    """Whether it, or where it will be made, can be written and has room."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        return Finding(name, f"{folder} cannot be written", "could be better", advice)
+    free = shutil.disk_usage(nearest).free
+    value = f"{folder} ({free / 2**30:.1f} GiB free)"
+    if free < LEAST_FREE:
+        return Finding(name, value, "could be better", f"free some space, or {advice}")
+    return Finding(name, value)
 
 
 def _cores() -> int:
@@ -136,7 +175,7 @@ def _kernels() -> Iterator[Finding]:
             "a wheel with the kernels needs none; else install g++ and ninja",
         )
     folder = build.user_folder()
-    yield Finding("folder", str(folder), *_writable(folder))
+    yield _folder("folder", folder, "MTL_FAST_BUILD_DIR names another folder")
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen:
         yield Finding(
@@ -150,13 +189,6 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("library", reason)
     else:
         yield Finding("library", reason, "could be better", "mtl-fast build")
-
-
-def _writable(folder: Path) -> tuple[State, str]:
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(nearest, os.W_OK):
-        return "ok", ""
-    return "could be better", "it cannot be written; MTL_FAST_BUILD_DIR names another folder"
 
 
 def _backends() -> Iterator[Finding]:
@@ -179,7 +211,28 @@ def _self_test() -> Iterator[Finding]:
         ("same bits twice", _bits_repeat),
     ):
         yield _checked(name, check)
+    yield _shipped_model()
     yield _speed()
+
+
+def _shipped_model() -> Finding:
+    """All of it together: the model that comes with the package on tasks of the embedded characters."""
+    from .config import EvaluationConfig
+    from .training.evaluate import evaluate_model
+    from .training.models import SHIPPED
+
+    try:
+        score = evaluate_model(SHIPPED, evaluation=EvaluationConfig(n_tasks=100), device="cpu")
+    except InputError as error:
+        return Finding("shipped model", str(error), "wrong", "install mtl-fast again")
+    found = score.interval.mean
+    value = f"{found:.2%} of 7,500 answers right, {SHIPPED_ACCURACY:.2%} expected"
+    # Processors round differently: an answer in a thousand may change.
+    if abs(found - SHIPPED_ACCURACY) <= 0.001:
+        return Finding("shipped model", value)
+    return Finding(
+        "shipped model", value, "wrong", f"please report this; {ENVIRONMENT_VARIABLE}=torch may avoid it"
+    )
 
 
 def _checked(name: str, check: Callable[[], tuple[float, float]]) -> Finding:

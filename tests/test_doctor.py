@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from mtl_fast import doctor
 from mtl_fast.cli import main
-from mtl_fast.kernels import native
+from mtl_fast.kernels import native, triton
 from mtl_fast.kernels.native import build
 from mtl_fast.kernels.reference import ss_conv as reference
 from mtl_fast.ops import backend
 from mtl_fast.ops.backend import ENVIRONMENT_VARIABLE, OPERATIONS
+from mtl_fast.training import models
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +42,19 @@ def test_a_sound_machine_is_ok(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = report(capsys)
     assert status == 0
     assert " 0 wrong (!!)" in text
-    for name in ("torch", "vectors", "threads", "compiler", "library", *OPERATIONS, "same bits twice"):
+    seen = (
+        "torch",
+        "vectors",
+        "threads",
+        "decoded images",
+        "this folder",
+        "compiler",
+        "library",
+        *OPERATIONS,
+    )
+    for name in (*seen, "same bits twice"):
         assert line(text, name)
+    assert "76.01% expected" in line(text, "shipped model")
     assert "tasks/s" in line(text, "meta-training")
 
 
@@ -106,6 +122,43 @@ def test_a_wrong_convolution_is_seen(
     assert status == 1
     assert line(text, "convolution").startswith("  !!")
     assert "report this" in line(text, "convolution")
+
+
+def test_a_shipped_model_that_is_missing_or_answers_otherwise_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "SHIPPED_ACCURACY", doctor.SHIPPED_ACCURACY + 0.01)
+    found = doctor._shipped_model()
+    assert (found.state, "report this" in found.advice) == ("wrong", True)
+    monkeypatch.setattr(models, "SHIPPED", tmp_path / "gone.safetensors")
+    found = doctor._shipped_model()
+    assert (found.state, found.advice) == ("wrong", "install mtl-fast again")
+    assert "gone.safetensors does not exist" in found.value
+
+
+def test_folders_that_are_full_or_read_only_are_advised_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=doctor.LEAST_FREE - 1))
+    found = doctor._folder("x", tmp_path / "not" / "made", "go elsewhere")
+    assert found.state == "could be better"
+    assert "not/made (1.0 GiB free)" in found.value
+    assert found.advice == "free some space, or go elsewhere"
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    found = doctor._folder("x", tmp_path, "go elsewhere")
+    assert (found.state, found.advice) == ("could be better", "go elsewhere")
+
+
+def test_a_gpu_is_told_with_its_memory_and_what_its_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="a GPU", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(triton, "load", lambda: (False, "Triton is not installed"))
+    *_, device, kernels = doctor._machine()
+    assert (device.name, device.value) == ("cuda:0", "a GPU, 80 GiB, compute capability 9.0")
+    assert (kernels.state, kernels.advice) == ("could be better", "pip install triton")
 
 
 def test_bits_that_do_not_repeat_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ NATIVE = ROOT / "kernels" / "native"
 FLOORS = {
     "mtl_fast": 0,
     "mtl_fast.errors": 0,
+    "mtl_fast.files": 0,
     "mtl_fast.random_streams": 0,
     "mtl_fast.text_table": 0,
     "mtl_fast.kernels": 1,
@@ -266,6 +267,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (PACKAGE / "data" / "glyphs").glob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
+    data |= {f"mtl_fast/models/{path.name}" for path in (PACKAGE / "models").iterdir()}
     # The native kernels' sources: `mtl-fast build` compiles them where no library came with the package.
     data |= {
         f"mtl_fast/kernels/native/{path.name}" for path in NATIVE.iterdir() if path.suffix in (".cpp", ".h")

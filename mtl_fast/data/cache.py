@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from mtl_fast.data.dataset import Content
+from mtl_fast.files import replace_file
 
 ENVIRONMENT_VARIABLE = "MTL_FAST_CACHE_DIR"
 _VERSION = 1  # of the file's layout
@@ -95,15 +95,10 @@ def save(path: Path, fingerprint: str, content: Content) -> str | None:
         "names": names,
         "crc32": _checksum(content.images, content.labels, names),
     }
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        try:
-            _write(partial, content, meta)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        _write(path, content, meta)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -123,12 +118,7 @@ def _write(path: Path, content: Content, meta: Mapping[str, str]) -> None:
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(labels.data)
-        file.write(images.data)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(path, [len(text).to_bytes(8, "little") + text, labels.data, images.data], shared=True)
 
 
 def _checksum(images: NDArray[np.uint8], labels: NDArray[np.int64], names: str) -> str:

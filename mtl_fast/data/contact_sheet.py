@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mtl_fast.data.store import ImageStore
 from mtl_fast.errors import InputError
+from mtl_fast.files import replace_file
 
 N_CLASSES, N_IMAGES = 6, 12  # rows a split, pictures a row
 _WIDTH, _EDGE, _CELL, _GAP = 1600, 32, 96, 8  # pixels; 96 is three times 32
@@ -38,10 +38,8 @@ def write_contact_sheet(path: Path, stores: Mapping[str, ImageStore]) -> None:
         top = _draw_split(sheet, top, split, store) + _EDGE
     content = io.BytesIO()
     sheet.save(content, "PNG")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(content.getvalue())
-        os.replace(partial, path)
+        replace_file(path, [content.getvalue()])
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another --output") from None
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mtl_fast.errors import InputError
+from mtl_fast.files import replace_file
 
 FORMAT = "mtl_fast checkpoint"
 VERSION = 1
@@ -32,7 +33,7 @@ _LONGEST_HEADER = 100_000_000
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint: temporary file beside it, fsync, rename, fsync of the folder.
+    """Writes a checkpoint, in one step (`replace_file`).
 
     Args:
         path: the file; its folder is made when missing.
@@ -50,18 +51,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     header = {"format": FORMAT, "version": str(VERSION), "meta": text}
     header["sha256"] = _digest(stored, str(VERSION), text)
     payload = safetensors.torch.save(stored, header)
-    # One fixed name: what a killed run left is overwritten by the next save, not piled up.
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+        replace_file(path, [payload])
     except OSError as error:
-        partial.unlink(missing_ok=True)
         kept = "the one there before is untouched" if path.exists() else "nothing was written"
         raise InputError(
             f"cannot write checkpoint {path} ({len(payload):,} bytes): {error.strerror}; {kept}; "
@@ -143,17 +136,6 @@ def _digest(tensors: Mapping[str, Tensor], version: str, text: str) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut; only POSIX can open a folder."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _nearby(folder: Path) -> str:

@@ -15,6 +15,7 @@ from . import report
 from .checkpoint import provenance
 from .evaluate import Score, save_score
 from .experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
+from .folder_lock import FolderLock
 from .logging import duration
 from .run import check_settings, make_folder, read_settings, write_text
 from .statistics import paired_difference
@@ -39,7 +40,7 @@ def demo(
         resume: go on in a folder that holds a demo; a finished one is only shown again.
 
     Raises:
-        InputError: the folder holds a demo and `resume` is off.
+        InputError: the folder holds a demo and `resume` is off, or another process is at work there.
     """
     output = Path(output)
     config = replace(preset("glyphs-quick" if quick else "glyphs"), seed=seed, device=device)
@@ -49,6 +50,13 @@ def demo(
         )
     experiment = Experiment(config, output)  # first: an unknown device leaves nothing behind
     make_folder(output)
+    with FolderLock(output):
+        return _demo(experiment, output, quick=quick)
+
+
+def _demo(experiment: Experiment, output: Path, *, quick: bool) -> str:
+    """The demo in a folder that is this process's own."""
+    config = experiment.config
     if (output / "config.json").exists():
         check_settings(output / "config.json", read_settings(output / "config.json"), config)
     write_text(output / "config.json", config.to_json() + "\n")

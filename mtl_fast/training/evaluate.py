@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import InputError
 from ..random_streams import RandomStreams
 from . import checkpoint as checkpoints
 from .figures import Curve, steps_figure
+from .folder_lock import FolderLock
 from .models import Model, device_of, preprocess_of
 from .parts import Parts, Shard
 from .ranks import require_same_start
@@ -152,7 +154,8 @@ def evaluate_model(
     Raises:
         InputError: no such model; a head of another n_way; all weights to adapt of a model that learned something
             else, or of features; images of another size; a split with too few classes
-            or images; an output that cannot be written, or holds pieces of another test or, without `resume`, of any.
+            or images; an output that cannot be written, that another process is at work in, or that holds pieces of
+            another test or, without `resume`, of any.
     """
     own = Shard() if shard is None else Shard.parse(shard)
     for name, asked in (("--shard", shard), ("--resume", resume)):
@@ -164,27 +167,33 @@ def evaluate_model(
             "--resume and --shard are for one process; with torchrun the processes share out the tasks"
         )
     changes = Changes(n_way, n_shot, n_query, inner_steps, inner_lr, adapt, evaluation, seed, device)
-    with ranks.together():
-        target = device_of(Config(device=device)) if ranks.device is None else ranks.device
-        subject = _subject(checkpoint, embeddings, changes, target, data=data, head=head)
-        folder, facts, found = None, {}, None
-        if output is not None or not ranks.alone:
-            facts = subject.facts(by_step=by_step)
-        if output is not None and ranks.first:
-            make_folder(output)  # before the work, not after it
-            folder = output / "parts" if ranks.alone else None
-        parts = Parts(folder, facts, shard=own, resume=resume)
-        if output is not None and resume and shard is None:
-            found = _finished(output, facts)
-        episodes = drawn_episodes(subject.config, subject.store)
-    require_same_start(ranks, subject.config, {}, facts)
-    if found is None:
-        found = Scoring(subject, episodes, parts, own, by_step=by_step, ranks=ranks).run()
-    result = _score_of(found, subject, shard)
-    with ranks.together():
-        if output is not None and shard is None and ranks.first:
-            save_score(output, result, subject.file, facts=facts)
-            parts.remove()
+    with ExitStack() as claims:
+        with ranks.together():
+            target = device_of(Config(device=device)) if ranks.device is None else ranks.device
+            subject = _subject(checkpoint, embeddings, changes, target, data=data, head=head)
+            folder, facts, found = None, {}, None
+            if output is not None or not ranks.alone:
+                facts = subject.facts(by_step=by_step)
+            if output is not None and ranks.first:
+                make_folder(output)  # before the work, not after it
+                folder = output / "parts" if ranks.alone else None
+                claims.enter_context(FolderLock(output, shared=shard is not None))
+                if shard is not None:  # the others may be at work too, each in a folder of its own
+                    pieces = own.folder(output / "parts")
+                    make_folder(pieces)
+                    claims.enter_context(FolderLock(pieces))
+            parts = Parts(folder, facts, shard=own, resume=resume)
+            if output is not None and resume and shard is None:
+                found = _finished(output, facts)
+            episodes = drawn_episodes(subject.config, subject.store)
+        require_same_start(ranks, subject.config, {}, facts)
+        if found is None:
+            found = Scoring(subject, episodes, parts, own, by_step=by_step, ranks=ranks).run()
+        result = _score_of(found, subject, shard)
+        with ranks.together():
+            if output is not None and shard is None and ranks.first:
+                save_score(output, result, subject.file, facts=facts)
+                parts.remove()
     return result
 
 

@@ -7,7 +7,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; a mark or a 
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..files import replace_file
 
 WIDTH, DPI = 1600, 160
 INK, GREY, PALE = "#1b1f24", "#6b7280", "#e5e7eb"
@@ -221,7 +224,7 @@ def episode_picture(
     right = left_query + n_query * (cell + between) - between
     height = head + n_way * pitch + 16
     with blank_figure(WIDTH, height) as figure:
-        page = _Page(figure, height)
+        page = Page(figure, height)
         n_right = int((labels == predicted).sum())
         result = f"{n_right} of {len(labels)} queries right ({100 * n_right / max(1, len(labels)):.0f} %)"
         page.text(
@@ -258,7 +261,7 @@ def episode_picture(
         write_picture(figure, Path(path))
 
 
-class _Page:
+class Page:
     """A figure to draw on in pixels, from the top left corner."""
 
     def __init__(self, figure: Any, height: int) -> None:
@@ -368,8 +371,17 @@ def blank_figure(width: int, height: int, layout: Literal["constrained"] | None 
 
 
 def write_picture(figure: Any, path: Path) -> None:
-    """Writes the PNG in one step; without date and version, so equal numbers give equal files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-    os.replace(partial, path)
+    """Writes the PNG in one step; without date and version, so equal numbers give equal files.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, [content.getvalue()])
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free some space or give another --output"
+        ) from None

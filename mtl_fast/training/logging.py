@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mtl_fast.errors import InputError
+from mtl_fast.files import replace_file
 
 Value = float | int | str | None
 
@@ -57,7 +58,7 @@ class RunLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._rewrite(self._kept_rows(step))
-            self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed in close()
+            self._file = self._opened()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not text"
             raise InputError(
@@ -73,15 +74,25 @@ class RunLog:
             self._progress = _Bar(phase, total, unit, step, stream)
 
     def row(self, step: int, **values: Value) -> None:
-        """Writes one row; floats to all their digits, None as an empty cell. Numbers show in the progress."""
+        """Writes one row; floats to all their digits, None as an empty cell. Numbers show in the progress.
+
+        Raises:
+            InputError: the disk is full, say; a run that goes on drops what there is of the row.
+        """
         new = [name for name in values if name not in self._columns]
-        if new:
-            self._file.close()
-            self._columns += new
-            self._rewrite(_read(self.path)[1])
-            self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed in close()
-        self._file.write(self._line({"step": step, **values}))
-        self._file.flush()
+        try:
+            if new:
+                self._file.close()
+                self._columns += new
+                self._rewrite(_read(self.path)[1])
+                self._file = self._opened()
+            line = self._line({"step": step, **values}).encode("utf-8")
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise InputError(
+                f"cannot write the log {self.path}: {error.strerror}; free some space, then --resume goes on"
+            ) from None
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         if self._board is not None:
             for name, value in numbers.items():
@@ -119,11 +130,13 @@ class RunLog:
         self._columns += [name for name in columns if name not in self._columns]
         return [row for row in rows if row["step"].isdecimal() and int(row["step"]) <= step]
 
+    def _opened(self) -> io.FileIO:
+        """To append to, without a buffer that could be written when it is too late."""
+        return open(self.path, "ab", buffering=0)
+
     def _rewrite(self, rows: Iterable[dict[str, str]]) -> None:
         text = self._line({name: name for name in self._columns}) + "".join(map(self._line, rows))
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(text, encoding="utf-8", newline="")
-        os.replace(partial, self.path)
+        replace_file(self.path, [text.encode("utf-8")])
 
     def _line(self, values: dict[str, Any]) -> str:
         text = io.StringIO()

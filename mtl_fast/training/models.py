@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..config import Config, EncoderConfig
 from ..data import load_split
 from ..data.store import ImageStore
@@ -22,6 +23,8 @@ from ..random_streams import RandomStreams
 from . import checkpoint
 
 SMALLEST_IMAGE = 16  # four poolings leave one pixel
+# The small model that the package ships for Glyphs; `make shipped-model` makes it.
+SHIPPED = Path(__file__).resolve().parents[1] / "models" / "glyphs.safetensors"
 
 
 def build_encoder(
@@ -236,7 +239,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", kind: st
         kind: ``pretrained`` or ``meta``; None takes either.
 
     Raises:
-        InputError: missing, damaged, or of another kind.
+        InputError: missing, damaged, of another kind, or with settings that this version does not know.
     """
     path = Path(path)
     if path.is_dir():
@@ -248,7 +251,13 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", kind: st
     if kind is not None and found != kind:
         phase = {"pretrained": "mtl-fast pretrain", "meta": "mtl-fast meta-train"}[kind]
         raise InputError(f"{path}: holds a {found} model where a {kind} one is needed; `{phase}` makes it")
-    config = Config.from_dict(meta["config"])
+    try:
+        config = Config.from_dict(meta["config"])
+    except InputError as error:
+        made = meta.get("provenance", {}).get("mtl_fast", "unknown")
+        raise InputError(
+            f"{path}: {error}; mtl_fast {made} wrote it, this is {__version__}; update mtl_fast"
+        ) from None
     encoder = build_encoder(config.encoder, image_size=meta["image_size"])
     head = None
     if found == "meta":

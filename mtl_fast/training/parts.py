@@ -37,6 +37,10 @@ class Shard:
         """This shard's part of 0..n-1; shards differ by one at most, and may be empty."""
         return range((self.number - 1) * n // self.total, self.number * n // self.total)
 
+    def folder(self, parts: Path) -> Path:
+        """Where this shard's pieces lie, below the folder of all."""
+        return parts / f"{self.number}-of-{self.total}"
+
     def __str__(self) -> str:
         return f"{self.number}/{self.total}"
 
@@ -63,7 +67,7 @@ class Parts:
         self._folder = folder
         if folder is None:
             return
-        self._own = folder / f"{shard.number}-of-{shard.total}"
+        self._own = shard.folder(folder)
         # Beside a shard the others are at work; alone, pieces of whatever shard are of an earlier run.
         pieces = (self._own if shard.total > 1 else folder).rglob("*.safetensors")
         if not resume and next(pieces, None) is not None:

@@ -106,12 +106,16 @@ class Phase(ABC):
         return store
 
     def run(self) -> Path:
-        """Runs to the end and returns the model file.
+        """Runs to the end, gives the folder back and returns the model file.
 
         Raises:
-            InputError: the loss became non-finite, or memory ran out.
+            InputError: the loss became non-finite, memory ran out, or the disk is full.
             Interrupted: Ctrl-C; the state is saved.
         """
+        with self.folder.lock:
+            return self._run()
+
+    def _run(self) -> Path:
         if self.update >= self.total and self.folder.finished:
             return self.folder.model
         ranks, folder = self.ranks, self.folder.path

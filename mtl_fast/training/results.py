@@ -26,8 +26,9 @@ from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
 from .evaluate import save_score
 from .experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment, Row
+from .folder_lock import FolderLock
 from .models import device_of
-from .run import Interrupted, tell_of_missing_kernels, write_text
+from .run import Interrupted, make_folder, tell_of_missing_kernels, write_text
 from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
 
 SHOTS = (1, 5)
@@ -108,6 +109,9 @@ def results(
         seeds: one experiment each.
         workers: runs at a time, each on one thread, so that the bits depend on no thread count; 0: a core each.
         device: as in `Config`.
+
+    Raises:
+        InputError: a folder cannot be made, or another process is at work in `output`.
     """
     if workers < 0:
         raise InputError(f"--workers is {workers}; give a number of runs at a time, or 0 for one a core")
@@ -115,6 +119,14 @@ def results(
     config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
         tell_of_missing_kernels()  # here, for the workers are silent
+    for folder in (output, publish):  # before the work, not after it
+        make_folder(folder)
+    with FolderLock(output):
+        _results(config, output, publish, seeds, workers)
+
+
+def _results(config: Config, output: Path, publish: Path, seeds: Sequence[int], workers: int) -> None:
+    """The results in a folder that is this process's own."""
     with _pool(workers or os.cpu_count() or 1) as pool:
 
         def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:
@@ -134,7 +146,6 @@ def results(
         chosen = {row: _best(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
         cells += run([(row, 5, rate) for row, rate in chosen.items()], "5-shot")
     best = {(row.key, n): _best(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
-    publish.mkdir(parents=True, exist_ok=True)
     write_text(publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n")
     write_text(publish / "results.md", _markdown(cells, best, seeds))
     draw_curves(publish / "curves.png", {key: _mean_curve(cell) for key, cell in best.items()})

@@ -19,10 +19,12 @@ from torch import Tensor
 from ..config import Config
 from ..engine.ranks import ALONE, CommonEnd, Ranks
 from ..errors import InputError
+from ..files import replace_file
 from ..kernels import native
 from ..kernels.native.build import runnable_variants
 from ..ops.backend import ENVIRONMENT_VARIABLE
 from . import checkpoint
+from .folder_lock import FolderLock
 
 
 class Interrupted(CommonEnd):
@@ -80,8 +82,11 @@ class RunFolder:
         ranks: the processes of this run.
 
     Raises:
-        InputError: the folder cannot be made, or holds a run and `resume` is off, or a run that cannot go on: its
-            checkpoint is gone, or it has other settings or inputs.
+        InputError: the folder cannot be made, or another process is at work there, or it holds a run and `resume` is
+            off, or a run that cannot go on: its checkpoint is gone, or it has other settings or inputs.
+
+    Attributes:
+        lock: nobody else gets the folder before it is released.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class RunFolder:
         self.tensors: dict[str, Tensor] = {}
         self.meta: dict[str, Any] = {}
         self.finished = False
+        self.lock = FolderLock(None)
         with ranks.together():
             if ranks.first:
                 self._take(resume)
@@ -111,6 +117,7 @@ class RunFolder:
                 f"{self.path}: holds a run already ({occupied[0].name}); --resume continues it, or give another --output"
             )
         make_folder(self.path)
+        self.lock = FolderLock(self.path)
         if self.checkpoint.exists():
             self.tensors, self.meta = checkpoint.load(self.checkpoint)
             self._check_same()
@@ -220,10 +227,8 @@ def write_bytes(path: Path, payload: bytes) -> None:
     Raises:
         InputError: it cannot be written; the old one is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(payload)
-        os.replace(partial, path)
+        replace_file(path, [payload])
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free some space or give another --output"

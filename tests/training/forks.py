@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,8 @@ class Forks:
     def run(self, job: str, folder: Path, **arguments: Any) -> int:
         """Runs a job of `JOBS` and returns its exit status, −9 when it was killed.
 
-        Its error stream is in ``folder.stderr``; `die` names the point where it kills itself.
+        Its error stream is in ``folder.stderr``; `die` names the point where it kills itself; `kill_after` are the
+        seconds after which it is killed wherever it is.
         """
         line = {"job": job, "folder": str(folder), **{k: str(v) for k, v in arguments.items()}}
         assert self._process.stdin is not None
@@ -75,7 +79,7 @@ def die_at(point: str) -> None:
             kind._update = update  # type: ignore[method-assign]
         return
 
-    from mtl_fast.training import checkpoint
+    from mtl_fast import files
 
     seen = 0
 
@@ -102,7 +106,7 @@ def die_at(point: str) -> None:
                 os.fsync(self.file.fileno())
                 die()
 
-        checkpoint.open = Half  # type: ignore[attr-defined]
+        files.open = Half  # type: ignore[attr-defined]
         return
     replace = os.replace
 
@@ -157,7 +161,73 @@ def evaluate(folder: Path, model: str, resume: str = "") -> None:
     evaluate_model(model, evaluation=tasks, by_step=True, device="cpu", output=folder, resume=bool(resume))
 
 
-JOBS = {"pretrain": pretrain, "meta-train": meta_train, "demo": demo, "evaluate": evaluate}
+def results(folder: Path, resume: str = "") -> None:
+    """The table of all rows on the tiny splits, a rate each and in this process, without pictures."""
+    from mtl_fast.training import experiment, results
+    from tests.training import tiny
+
+    class Inline:
+        map = staticmethod(map)
+
+    config = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
+    results._pool = lambda workers: nullcontext(Inline())  # type: ignore[assignment]
+    results.preset = lambda name: config  # type: ignore[assignment]
+    results.draw_curves = results.draw_episode = lambda *_: None  # type: ignore[assignment]
+    results.report.rate_sensitivity_figure = lambda *_: None  # type: ignore[assignment]
+    results.RATES = dict.fromkeys(results.ROWS, (1e-3,))
+    results.ALL_RATES = (1e-3,)
+    experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
+    experiment.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
+    results.results(folder, folder / "published", seeds=(0,), workers=1, device="cpu")
+
+
+def cache(folder: Path, data: str, resume: str = "") -> None:
+    """A split decoded, or read from the cache in the folder, and what came of it."""
+    from mtl_fast.data import load_split
+    from mtl_fast.training import checkpoint
+
+    os.environ["MTL_FAST_CACHE_DIR"] = str(folder / "cache")
+    store = load_split(data, "train")
+    checkpoint.save(folder / "store.safetensors", {"images": store.images, "labels": store.labels}, {})
+
+
+def embed(folder: Path, model: str, resume: str = "") -> None:
+    from mtl_fast.training import models
+    from mtl_fast.training.embeddings import embed_split
+    from tests.training import tiny
+
+    models.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
+    output = folder / "features.safetensors"
+    if not (resume and output.exists()):
+        embed_split(model, output, device="cpu")
+
+
+def export(folder: Path, model: str, resume: str = "") -> None:
+    from mtl_fast.training.export_weights import export_weights
+
+    output = folder / "model.pt"
+    if not (resume and output.exists()):
+        export_weights(model, output, format="state-dict")
+
+
+def predict(folder: Path, data: str, resume: str = "") -> None:
+    from mtl_fast.training.predict import predict_images
+
+    root = Path(data)
+    predict_images(root / "train", root / "test" / "test0", output=folder, device="cpu")
+
+
+JOBS = {
+    "pretrain": pretrain,
+    "meta-train": meta_train,
+    "demo": demo,
+    "evaluate": evaluate,
+    "results": results,
+    "cache": cache,
+    "embed": embed,
+    "export": export,
+    "predict": predict,
+}
 
 
 def do(job: str, folder: str, die: str = "", **arguments: str) -> int:
@@ -180,14 +250,38 @@ def serve() -> None:
     import torch
 
     # Forks find these imported; torch itself would import dynamo at the first optimiser's step.
-    for module in ("torch._dynamo", "matplotlib.figure", "mtl_fast.training.demo", "tests.training.tiny"):
+    for module in (
+        "torch._dynamo",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "mtl_fast.training.export_weights",
+        "mtl_fast.training.predict",
+        "mtl_fast.training.results",
+        "tests.training.tiny",
+    ):
         importlib.import_module(module)
     torch.set_num_threads(1)
     for line in sys.stdin:
+        arguments = json.loads(line)
+        kill_after = float(arguments.pop("kill_after", "inf"))
         child = os.fork()
         if child == 0:
-            os._exit(do(**json.loads(line)))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            os._exit(do(**arguments))
+        print(_status(child, kill_after), flush=True)
+
+
+def _status(child: int, kill_after: float) -> int:
+    """The exit status of a fork, which is killed where it takes longer than so many seconds."""
+    end = time.monotonic() + kill_after
+    while kill_after < math.inf:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            os.kill(child, signal.SIGKILL)
+            break
+        time.sleep(0.0005)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":

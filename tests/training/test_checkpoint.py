@@ -249,6 +249,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 SAVER = """
 import sys, os, signal, torch
+from mtl_fast import files
 from mtl_fast.training import checkpoint as cp
 path, where = sys.argv[1:]
 tensors = lambda step: {"x": torch.full((1 << 18,), float(step))}
@@ -264,7 +265,7 @@ if where == "write":
         def __exit__(self, *a): pass
         def write(self, data):
             self.file.write(data[: len(data) // 2]); self.file.flush(); os.fsync(self.file.fileno()); die()
-    cp.open = Half
+    files.open = Half
 elif where == "fsync":
     os.fsync = die
 elif where == "rename":

@@ -10,6 +10,7 @@ import pytest
 
 from mtl_fast.errors import InputError
 from mtl_fast.training.logging import RunLog, duration, read_log
+from tests.full_disk import files_of
 
 
 class Terminal(io.StringIO):
@@ -50,6 +51,24 @@ def test_a_row_is_on_disk_at_once(tmp_path: Path) -> None:
     with RunLog(tmp_path, stream=io.StringIO()) as log:
         log.row(1, loss=1.0)
         assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("columns", [("loss",), ("loss", "accuracy")], ids=["a row", "a new column"])
+def test_a_full_disk_is_one_line_and_what_there_is_of_the_row_is_dropped(
+    columns: tuple[str, ...], tmp_path: Path
+) -> None:
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        log.row(1, loss=1 / 3)
+        n_bytes = (tmp_path / "log.csv").stat().st_size
+        with (
+            files_of(n_bytes + 4),
+            pytest.raises(InputError, match=r"log\.csv: File too large; free some space"),
+        ):
+            log.row(2, **dict.fromkeys(columns, 2 / 3))
+    assert steps(tmp_path) == [1]
+    with RunLog(tmp_path, step=1, stream=io.StringIO()) as log:
+        log.row(2, loss=2 / 3)
+    assert steps(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
