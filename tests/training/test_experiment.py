@@ -13,7 +13,10 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.engine.evaluate import embed_episodes, evaluate, fit_and_score
 from mtl_fast.nn import LinearHead
 from mtl_fast.training import experiment as module
-from mtl_fast.training.experiment import (
+from mtl_fast.training.experiment import Experiment
+from mtl_fast.training.models import preprocess_of
+from mtl_fast.training.pretrain import validation_episodes
+from mtl_fast.training.rows import (
     FT_ALL,
     FT_HEAD,
     MAML,
@@ -24,10 +27,7 @@ from mtl_fast.training.experiment import (
     SS_HT,
     UPDATE_ALL,
     UPDATE_HEAD,
-    Experiment,
 )
-from mtl_fast.training.models import preprocess_of
-from mtl_fast.training.pretrain import validation_episodes
 from tests.training import tiny
 from tests.training.tiny import MAML as MAML_CONFIG
 
