@@ -2,100 +2,122 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from ..config import DataConfig, preset
 from ..errors import InputError
-from .cells import Cell, Wanted, best_cell
-from .rows import ALL_ROWS, RATES, Row
-
-# Makes (or reads, or only counts) some cells; the text names the stage.
-Make = Callable[[Sequence[Wanted], str], list[Cell]]
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Which cells an ablation has.
-
-    Attributes:
-        rows: of the paper's, in their order.
-        shots: support images a class of the rows that adapt the head; rates are chosen at the first.
-        seeds: of these rows; at each an encoder is pre-trained.
-        whole_network_shots, whole_network_seeds: of the rows that adapt all weights.
-        whole_network_tasks: so many of the test tasks these rows are tested on, the first ones.
-        rates: row key → meta learning rate, where it was chosen before.
-        choose: whether rates that are not given are chosen on the validation split; otherwise the recipe's hold.
-    """
-
-    rows: tuple[Row, ...] = ALL_ROWS
-    shots: tuple[int, ...] = (1, 5)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    whole_network_shots: tuple[int, ...] = (1,)
-    whole_network_seeds: tuple[int, ...] = (0,)
-    whole_network_tasks: int = 600
-    rates: Mapping[str, float] = field(default_factory=dict)
-    choose: bool = False
-
-    def candidates(self, row: Row) -> tuple[float | None, ...]:
-        """Meta learning rates to try for a plain row; None is the recipe's."""
-        given = self.rates.get(row.key, self.rates.get(row.rate_of))
-        if given is not None:
-            return (given,)
-        return RATES.get(row, (None,)) if self.choose else (None,)
-
-    def shots_of(self, row: Row) -> tuple[int, ...]:
-        """The task shapes of a row."""
-        return self.whole_network_shots if row.is_whole_network else self.shots
-
-    def wanted(self, row: Row, n_shot: int, rate: float | None) -> Wanted:
-        """The cell of a row at a rate."""
-        if row.is_whole_network:
-            return Wanted(row, n_shot, rate, self.whole_network_seeds, self.whole_network_tasks)
-        return Wanted(row, n_shot, rate, self.seeds)
-
-    def run(self, make: Make) -> dict[tuple[str, int], Cell]:
-        """Makes all cells, those first that are quick and tell most; returns (row key, n_shot) → cell.
-
-        A row's rate is the best of its candidates in validation, at the first of the shots; with hard tasks it is
-        that of the plain row, so that the two differ in nothing but the meta-batch. Rows whose candidates are
-        not all finished are left out.
-        """
-        head_only = [row for row in self.rows if not row.is_whole_network]
-        plain = [row for row in head_only if row.hard == "none"]
-        hard = [row for row in head_only if row.hard != "none"]
-        first, *others = self.shots
-        tried = [self.wanted(row, first, rate) for row in plain for rate in self.candidates(row)]
-        cells = make(tried, f"{first}-shot, plain")
-        chosen: dict[str, float | None] = {}
-        for row in plain:
-            n_there = sum(cell.row == row and cell.seeds == self.seeds for cell in cells)
-            if n_there == len(self.candidates(row)):
-                chosen[row.key] = best_cell(cells, row, first).rate
-        cells = [cell for cell in cells if cell.rate == chosen.get(cell.row.key, cell.rate)]
-        stages = [(f"{first}-shot, hard tasks", hard, (first,))]
-        stages += [(f"{n}-shot", head_only, (n,)) for n in others]
-        for name, rows, shots in stages:
-            known = [row for row in rows if row.plain_key in chosen]
-            cells += make([self.wanted(row, n, chosen[row.plain_key]) for row in known for n in shots], name)
-        whole = [row for row in self.rows if row.is_whole_network]
-        for row in whole:
-            for n in self.whole_network_shots:
-                cells += make([self.wanted(row, n, self.candidates(row)[0])], f"{row.label}, {n}-shot")
-        return {(cell.row.key, cell.n_shot): cell for cell in cells}
+from .ablation_plan import plan_text
+from .ablation_report import publish
+from .cells import Study, finished_cells, run_cells, worker_pool
+from .models import device_of
+from .rows import ALL_ROWS, Row
+from .run import tell_of_missing_kernels
+from .scope import Scope, rates_of
 
 
-def rates_of(file: Path) -> dict[str, float]:
-    """The rates that a results.json or an ablation.json tells were chosen: row key → meta learning rate.
+def ablation(
+    output: str | Path,
+    publish_to: str | Path,
+    *,
+    recipe: str = "paper",
+    data: DataConfig | None = None,
+    rows: Sequence[str] = (),
+    shots: Sequence[int] = (1, 5),
+    seeds: Sequence[int] = (0, 1, 2),
+    whole_network_shots: Sequence[int] = (1,),
+    whole_network_seeds: Sequence[int] = (0,),
+    test_tasks: int = 2000,
+    whole_network_tasks: int = 600,
+    rates: str = "preset",
+    plan: bool = False,
+    finished: bool = False,
+    workers: int = 1,
+    device: str = "auto",
+) -> None:
+    """Makes (or reads, where finished) every run and publishes table, claims and figure; see `ablation_report`.
+
+    Args:
+        output: folder of the runs, one a seed; those of `results` with the same settings are read too.
+        publish_to: folder of the summary.
+        recipe: preset of the rows that adapt the head; those of MAML take ``glyphs-maml``, or ``maml`` and ``maml-deep``.
+        data: images, where they are not the preset's.
+        rows: keys; empty: all.
+        shots, seeds, whole_network_shots, whole_network_seeds: as in `Scope`.
+        test_tasks: drawn in each seed, the same for all rows.
+        whole_network_tasks: how many of them the rows that adapt all weights are tested on.
+        rates: ``preset``; ``grid`` chooses each row's on the validation split; or a results.json or ablation.json, with
+            the grid for rows whose rate it does not tell.
+        plan: only print runs and hours.
+        finished: publish what is finished and make nothing.
+        workers: runs at a time, one thread each; 0: a core each.
+        device: as in `Config`.
 
     Raises:
-        InputError: it cannot be read as one.
+        InputError: an unknown recipe or row, no shot or seed, fewer test tasks than `whole_network_tasks`, or
+            rates that cannot be read.
     """
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        return {row["row"]: float(row["meta_lr"]) for row in rows if row["chosen"] and row["meta_lr"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    scope = _scope(
+        rows, shots, seeds, whole_network_shots, whole_network_seeds, test_tasks, whole_network_tasks, rates
+    )
+    study = _study(recipe, data, Path(output), test_tasks, device)
+    workers = workers or os.cpu_count() or 1
+    if plan:
+        print(plan_text(study, scope, lambda wanted: finished_cells(study, wanted), workers))
+        return
+    if finished:
+        cells = scope.run(lambda wanted, _: finished_cells(study, wanted))
+    else:
+        if device_of(study.config).type == "cpu":
+            tell_of_missing_kernels()  # here, for the workers are silent
+        with worker_pool(workers) as pool:
+            cells = scope.run(lambda wanted, stage: run_cells(pool, study, wanted, stage))
+    publish(Path(publish_to), study, scope, cells)
+    print(f"published in {publish_to}")
+
+
+def _study(recipe: str, data: DataConfig | None, output: Path, test_tasks: int, device: str) -> Study:
+    config = replace(preset(recipe), device=device)
+    if data is not None:
+        config = replace(config, data=data)
+    if recipe.startswith("glyphs"):
+        return Study(config, output, preset("glyphs-maml"), n_drawn=test_tasks)
+    return Study(config, output, preset("maml"), preset("maml-deep"), n_drawn=test_tasks)
+
+
+def _scope(
+    keys: Sequence[str],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    whole_network_shots: Sequence[int],
+    whole_network_seeds: Sequence[int],
+    test_tasks: int,
+    whole_network_tasks: int,
+    rates: str,
+) -> Scope:
+    known = {row.key: row for row in ALL_ROWS}
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise InputError(f"--rows: {unknown[0]!r} is unknown; choose of: {', '.join(known)}")
+    chosen: tuple[Row, ...] = tuple(row for row in ALL_ROWS if not keys or row.key in keys)
+    if not shots or not seeds:
+        raise InputError("--shots and --seeds need at least one number each")
+    if not 2 <= whole_network_tasks <= test_tasks:
         raise InputError(
-            f"{file}: holds no rates; give the results.json of `mtl-fast results`, or `grid` or `preset`"
-        ) from None
+            f"--whole-network-tasks is {whole_network_tasks}; it must be at least 2 and at most --test-tasks, {test_tasks}"
+        )
+    for row in chosen:
+        if not row.is_whole_network and row.hard != "none" and known[row.plain_key] not in chosen:
+            raise InputError(f"--rows: {row.key} takes the rate of {row.plain_key}; name that too")
+    return Scope(
+        chosen,
+        tuple(shots),
+        tuple(seeds),
+        tuple(whole_network_shots),
+        tuple(whole_network_seeds),
+        whole_network_tasks,
+        {} if rates in ("preset", "grid") else rates_of(Path(rates)),
+        choose=rates != "preset",
+    )

@@ -49,7 +49,7 @@ class Outcome:
         n_learned: numbers that meta-training moved, the head's start among them.
         n_adapted: numbers that the inner loop moves for a task.
         n_total: numbers of the network with its head; Φ, which goes into the weights, is not counted again.
-        seconds: of meta-training, NaN where its run did not say; 0 for "update".
+        seconds: of meta-training ("update": of choosing the inner loop), NaN where a run did not say.
         test_seconds: of the test.
     """
 
@@ -99,11 +99,16 @@ class Experiment:
             for split in ("train", "val", "test")
         }
 
+    @property
+    def pretrain_folder(self) -> Path:
+        """Where pre-training lies."""
+        return self.output / "pretrain"
+
     @cached_property
     def _pretrained(self) -> Path:
         """The pre-trained model file; validation is 1-shot: one encoder serves all tasks."""
         train, val = self.stores["train"], self.stores["val"]
-        folder = self.output / "pretrain"
+        folder = self.pretrain_folder
         return Pretraining(self.with_shot(1), folder, resume=True, train=train, val=val).run()
 
     def pretrain(self) -> Model:
@@ -144,11 +149,13 @@ class Experiment:
         """Where a row's meta-training lies."""
         return self.output / _name(row, n_shot, lr)
 
-    def choose_inner(self, model: Model, n_shot: int, row: Row = UPDATE_HEAD) -> InnerConfig:
-        """The inner loop of "update θ" or "update [Θ;θ]" that is best on the validation episodes."""
+    def choose_inner(
+        self, model: Model, n_shot: int, row: Row = UPDATE_HEAD, *, n_tasks: int | None = None
+    ) -> InnerConfig:
+        """The inner loop of "update θ" or "update [Θ;θ]" that is best on `n_tasks` validation episodes (None: all)."""
         config = self.with_shot(n_shot)
         store = self.stores["val"]
-        episodes = validation_episodes(config, store, config.meta.validation_tasks)
+        episodes = validation_episodes(config, store, n_tasks or config.meta.validation_tasks)
         preprocess = preprocess_of(config)
         head = LinearHead(model.encoder.feature_dim, config.episodes.n_way, init="zeros").to(self.device)
         accuracies: dict[tuple[float, int], float] = {}
@@ -220,7 +227,7 @@ class Experiment:
         self, row: Row, n_shot: int, *, lr: float | None = None, n_tasks: int | None = None
     ) -> Outcome | None:
         """What `outcome` has made before, if its training and its test are finished; makes nothing."""
-        folder = self.folder(row, n_shot, lr) if row.meta_trained else self.output / "pretrain"
+        folder = self.folder(row, n_shot, lr) if row.meta_trained else self.pretrain_folder
         if not (folder / "model.safetensors").exists():
             return None
         return self._finished_test(load_model(folder, device=self.device), row, n_shot, lr, n_tasks)
@@ -265,7 +272,7 @@ class Experiment:
             n_learned + n_head if row.meta_trained else 0,
             n_total + n_head if row.is_whole_network else n_head,
             n_total + n_head,
-            model.meta.get("seconds", math.nan) if row.meta_trained else 0.0,
+            model.meta.get("seconds", math.nan) if row.meta_trained else meta["seconds"]["inner loop chosen"],
             meta["seconds"]["test"],
         )
 

@@ -174,6 +174,16 @@ class Phase(ABC):
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
 
+    def time_updates(self, n: int) -> float:
+        """Seconds an update takes, from `n` of them after one to warm up; the state moves on, and nothing is saved."""
+        self._begin(NoLog())
+        for i in range(n + 1):
+            if i == 1:
+                start = time.monotonic()
+            self._update()
+            float(self.head.bias.detach()[0])  # waits for the device
+        return (time.monotonic() - start) / n
+
     def _checkpoint(self, log: RunLog | None = None) -> None:
         """Saves the state, after a report where there is a log for it."""
         with self.ranks.together():
