@@ -9,16 +9,18 @@ PIP_FLAGS ?=
 TEST_FLAGS ?= -n 2 -p no:benchmark
 DEMO_FLAGS ?=
 RESULTS_FLAGS ?=
+ABLATION_FLAGS ?=
 
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env native demo test sanitize results lint types bench clean
+.PHONY: help env native demo test sanitize results ablation lint types bench clean
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
 	@echo "make test      all tests"
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
+	@echo "make ablation  every row of the paper's ablation: table, claims and convergence figure (hours; --plan tells)"
 	@echo "make bench     microbenchmarks of each operation (python -m bench: beside the best of plain PyTorch)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
 	@echo "make lint | types | native | env | clean"
@@ -55,6 +57,10 @@ sanitize: env
 results: native
 	$(BIN)/mtl-fast results $(RESULTS_FLAGS)
 	$(BIN)/python tools/update_readme.py
+
+# Meta learning rates are those that `make results` chose on the validation split.
+ablation: native
+	$(BIN)/mtl-fast ablation --preset glyphs --rates docs/results/results.json $(ABLATION_FLAGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..config import Config
+from ..config import Config, InnerConfig
 from ..nn import LinearHead
 from ..text_table import grid
 from .cells import Cell, Study, Wanted
@@ -81,22 +81,22 @@ class Costs:
         return Estimate(training + n_validations * one, "probe")
 
     def _probe(self, row: Row, n_shot: int, n_tasks: int | None) -> float:
-        experiment = self._experiment
-        config, stores = experiment.settings(row, n_shot), experiment.stores
-        n_validation, n_tested = config.meta.validation_tasks, n_tasks or experiment.n_drawn
-        model = self._random(config, head=row.meta_trained)
+        experiment, n_tested = self._experiment, n_tasks or self._experiment.n_drawn
         if not row.meta_trained:
-            few = N_TASKS_WHOLE if row.is_whole_network else N_TASKS
+            config = experiment.with_shot(n_shot)
+            model, few = self._random(config, head=False), N_TASKS_WHOLE if row.is_whole_network else N_TASKS
             start = time.monotonic()
-            experiment.choose_inner(model, n_shot, row, n_tasks=few)
-            searching = (time.monotonic() - start) * n_validation / few
-            return searching + self._test(model, n_shot, "test", n_tested)
+            inner = experiment.choose_inner(model, n_shot, row, n_tasks=few)
+            searching = (time.monotonic() - start) * config.meta.validation_tasks / few
+            return searching + self._test(model, n_shot, "test", n_tested, inner)
+        config, stores = experiment.settings(row, n_shot), experiment.stores
+        model = self._random(config, head=True)
         with TemporaryDirectory() as folder:
             pretrained = self._random(config, head=False) if row.pretrained else None
             run = MetaTraining(config, pretrained, folder, train=stores["train"], val=stores["val"])
             training = run.total * run.time_updates(N_UPDATES)
         n_validations = 1 + -(-config.meta.n_tasks // config.meta.validate_every)
-        validating = n_validations * self._test(model, n_shot, "val", n_validation)
+        validating = n_validations * self._test(model, n_shot, "val", config.meta.validation_tasks)
         return training + validating + self._test(model, n_shot, "test", n_tested)
 
     def _random(self, config: Config, *, head: bool) -> Model:
@@ -111,12 +111,14 @@ class Costs:
         encoder.freeze()
         return Model(config, encoder, start, size, meta, Path("probe"))
 
-    def _test(self, model: Model, n_shot: int, split: str, n_tasks: int) -> float:
+    def _test(
+        self, model: Model, n_shot: int, split: str, n_tasks: int, inner: InnerConfig | None = None
+    ) -> float:
         """Seconds that so many tasks of a split take, from a few of the test split."""
-        whole = model.config.inner.adapt == "all"
+        whole = (inner or model.config.inner).adapt == "all"
         few = min(n_tasks, N_TASKS_WHOLE if whole else N_TASKS)
         start = time.monotonic()
-        self._experiment.test(model, n_shot, n_tasks=few)
+        self._experiment.test(model, n_shot, inner, n_tasks=few)
         seconds = time.monotonic() - start
         if whole or model.norm == "episode":
             return seconds * n_tasks / few

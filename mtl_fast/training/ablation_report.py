@@ -19,21 +19,27 @@ from .report import differences
 from .rows import MAML, SS, Row
 from .run import make_folder, write_text
 from .scope import Scope
-from .statistics import mean_interval
+from .statistics import seeds_interval
 
 DRAWN = (SS, MAML)  # the rows of the figure, each plain and with hard tasks
 
-_ABOUT_THE_TABLE = """The rows of one seed see the same tasks, those that adapt all weights the first ones of them. "Meta-learned" counts what
-meta-training moves, "adapted" what the inner loop moves for a task, "of all" the network with its head (Φ, which goes
-into the weights, is not counted again). "Prepared" is meta-training, or for "update" the choice of the inner loop, both
-after pre-training: by the clock, one thread a run, on a machine that may have had other work."""
-_ABOUT_THE_CLAIMS = """What the paper claims, by the paired difference on the same test tasks, ± its 95 % interval. Confirmed: the interval lies
-above 0, and so does every seed; not confirmed: both lie below; otherwise undecided. The interval covers the draw of
-test tasks, the single seeds show the luck of training."""
-_ABOUT_CONVERGENCE = f"""A run has converged when its validation accuracy first reaches the start and {100 * claims.REACHED:.0f} % of what the plain run of
-its seed has gained by its end; it is linear between validations, and a run that never gets there counts with its whole
-length. The interval is over seeds."""
-_ABOUT_THE_FIGURE = """The band is the 95 % interval over seeds of what was gained since the start; of a single seed, over its validation tasks."""
+_ABOUT_THE_TABLE = """\
+The rows of one seed see the same tasks, those that adapt all weights the first ones of them. "Meta-learned" counts
+what meta-training moves, "adapted" what the inner loop moves for a task, "of all" the network with its head (Φ, which
+goes into the weights, is not counted again). "Prepared" is meta-training, or for "update" the choice of the inner loop,
+both after pre-training: by the clock, one thread a run, on a machine that may have had other work."""
+_ABOUT_THE_CLAIMS = """\
+What the paper claims, by the paired difference on the same test tasks, ± its 95 % interval. Confirmed: the interval
+lies above 0, and so does every seed; not confirmed: both lie below; otherwise, also where seeds disagree, undecided.
+The interval covers the draw of test tasks, the single seeds show the luck of training."""
+_ABOUT_CONVERGENCE = f"""\
+A run has converged when its validation accuracy first reaches the start and {100 * claims.REACHED:.0f} % of what the
+plain run of its seed has gained by its end; it is linear between validations, and a run that never gets there counts
+with its whole length. The interval is over seeds, by Student's t."""
+_ABOUT_THE_FIGURE = """\
+The figure, convergence.png, shows the mean validation accuracy of the seeds. Its band is the 95 % interval over seeds,
+by Student's t, of what was gained since the start, for the seeds' levels differ; of a single seed, that over its
+validation tasks."""
 
 
 def publish(folder: Path, study: Study, scope: Scope, cells: Mapping[tuple[str, int], Cell]) -> None:
@@ -134,7 +140,7 @@ def _markdown(
         head = ["tasks until converged", "plain / HT, each seed", "plain − HT", "HT is faster"]
         parts += [_ABOUT_CONVERGENCE, grid(head, speed, "markdown")]
     if drawn:
-        parts += ["![validation accuracy against tasks seen](convergence.png)", _ABOUT_THE_FIGURE]
+        parts.append(_ABOUT_THE_FIGURE)
     parts.append(
         f"Made by `mtl-fast ablation` with mtl_fast {facts['mtl_fast']}, commit {facts['source_commit'][:12]}, torch "
         f"{facts['torch']},\n{facts['platform']}, {facts['cpu_capability']}, one thread a run."
@@ -225,7 +231,7 @@ def _band(cell: Cell, seeds: set[int]) -> Curve:
     if n == 1:
         return Curve(tasks, means, [point[2] for point in curves[0]])
     gains = [[point[1] - curve[0][1] for point in curve] for curve in curves]
-    return Curve(tasks, means, [mean_interval(same).half for same in zip(*gains, strict=True)])
+    return Curve(tasks, means, [seeds_interval(same).half for same in zip(*gains, strict=True)])
 
 
 def _summary(

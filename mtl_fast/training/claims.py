@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .cells import Cell
+from .experiment import Outcome
 from .report import difference_sentence
 from .rows import FT_ALL, FT_LAST, MAML, MAML_DEEP, PLAIN_ROWS, SS, SS_LAST, Row
-from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
+from .statistics import Interval, SeedsDifference, pooled_difference, seeds_interval
 
 Verdict = Literal["confirmed", "not confirmed", "undecided at this size"]
 
@@ -138,21 +139,22 @@ def claims_text(cells: Cells, shots: Sequence[int]) -> str:
 def speed_verdict(saved: Sequence[tuple[float, float]]) -> tuple[Interval, Verdict]:
     """Plain minus HT tasks over the seeds, and whether HT is faster; one seed decides nothing."""
     fewer = [plain - hard for plain, hard in saved]
-    interval = mean_interval(fewer)
+    interval = seeds_interval(fewer)
     return interval, verdict(interval, fewer)
 
 
 def _speed_sentence(row: Row, saved: Sequence[tuple[float, float]]) -> str:
     interval, said = speed_verdict(saved)
     seeds = "; ".join(f"{plain:,.0f} and {hard:,.0f}" for plain, hard in saved)
-    half = "unknown" if math.isinf(interval.half) else f"{interval.half:,.0f}"
+    half = "" if math.isinf(interval.half) else f" ± {interval.half:,.0f}"
+    way = "more" if interval.mean >= 0 else "fewer"
     return (
-        f"**{said}**. {row.label} needs {interval.mean:+,.0f} (± {half} over seeds) tasks more without hard tasks than "
-        f"with them (plain and HT, each seed: {seeds})."
+        f"**{said}**. {row.label} without hard tasks takes {abs(interval.mean):,.0f}{half} tasks {way} than with them "
+        f"(without and with, each seed: {seeds})."
     )
 
 
-def _common(a: Cell, b: Cell) -> list[tuple]:
+def _common(a: Cell, b: Cell) -> list[tuple[Outcome, Outcome]]:
     """The outcomes of the seeds that both cells have."""
     others = dict(zip(b.seeds, b.outcomes, strict=True))
     return [(x, others[seed]) for seed, x in zip(a.seeds, a.outcomes, strict=True) if seed in others]

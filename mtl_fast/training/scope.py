@@ -93,7 +93,7 @@ class Scope:
         whole = [row for row in self.rows if row.is_whole_network]
         for row in whole:
             for n in self.whole_network_shots:
-                cells += make([self.wanted(row, n, self.candidates(row)[0])], f"{row.label}, {n}-shot")
+                cells += make([self.wanted(row, n, self.candidates(row)[0])], f"whole network, {n}-shot")
         return {(cell.row.key, cell.n_shot): cell for cell in cells}
 
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mtl_fast.training.cells import Cell
+from mtl_fast.config import Config
+from mtl_fast.training import cells
+from mtl_fast.training.cells import Cell, Wanted
 from mtl_fast.training.experiment import Outcome
-from mtl_fast.training.rows import FT_HEAD
+from mtl_fast.training.rows import FT_HEAD, SS, Row
 
 
 def outcome(*curve: float) -> Outcome:
@@ -24,6 +27,34 @@ def test_mean_curve_averages_seeds_and_narrows_the_interval() -> None:
     cell = Cell(FT_HEAD, 1, 1e-3, [outcome(0.5, 0.6), outcome(0.6, 0.8), outcome(0.7, 0.7)])
     assert cell.mean_curve()[0] == pytest.approx([0, 0.6, 0.01 / 3**0.5])
     assert cell.mean_curve()[1] == pytest.approx([100, 0.7, 0.01 / 3**0.5])
+
+
+def test_each_run_goes_to_its_cell_seed_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[tuple[str, int]] = []
+
+    class FakeExperiment:
+        def __init__(self, config: Config, output: Path, **options: object) -> None:
+            self.seed = config.seed
+            assert output == tmp_path / f"seed{config.seed}"
+
+        def outcome(self, row: Row, n_shot: int, *, lr: float | None, n_tasks: int | None) -> Outcome:
+            made.append((row.key, self.seed))
+            return Outcome([self.seed / 10], float(lr or 0), [], (n_tasks or 0, n_shot))
+
+        def finished(self, row: Row, n_shot: int, **options: Any) -> Outcome | None:
+            return self.outcome(row, n_shot, **options) if self.seed == 2 and row == SS else None
+
+    class Here:
+        map = staticmethod(map)
+
+    monkeypatch.setattr(cells, "Experiment", FakeExperiment)
+    study = cells.Study(Config(), tmp_path)
+    wanted = [Wanted(FT_HEAD, 1, 0.5, (0, 2)), Wanted(SS, 5, None, (2,), 7)]
+    head, scales = cells.run_cells(Here(), study, wanted, "test")  # type: ignore[arg-type]
+    assert made == [("ft-head", 0), ("ft-head", 2), ("ss", 2)]
+    assert (head.seeds, head.accuracies(), head.validation) == ((0, 2), [[0.0], [0.2]], 0.5)
+    assert (scales.seeds, scales.outcomes[0].inner) == ((2,), (7, 5))
+    assert cells.finished_cells(study, wanted) == [scales]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
