@@ -63,9 +63,9 @@ def ablation(
         rows, shots, seeds, whole_network_shots, whole_network_seeds, test_tasks, whole_network_tasks, rates
     )
     study = _study(recipe, data, Path(output), test_tasks, device)
-    workers = workers or os.cpu_count() or 1
     if plan:
-        print(plan_text(study, scope, lambda wanted: finished_cells(study, wanted), workers))
+        n_workers = workers or os.cpu_count() or 1
+        print(plan_text(study, scope, lambda wanted: finished_cells(study, wanted), n_workers))
         return
     if finished:
         cells = scope.run(lambda wanted, _: finished_cells(study, wanted))

@@ -155,12 +155,13 @@ def plan_text(
         return cells
 
     scope.run(make)
-    folders = [study.experiment(seed).pretrain_folder for seed in scope.all_seeds]
+    folders = [study.experiment(seed).pretrain_folder for seed in scope.pretrained_seeds]
     n_missing = sum(not (folder / "model.safetensors").exists() for folder in folders)
     lines, total = [], 0.0
     if n_missing:
-        lines.append(_line("pre-training", "", n_missing, len(folders), costs.of_pretraining(folders)))
-        total += n_missing * costs.of_pretraining(folders).seconds
+        estimate = costs.of_pretraining(folders)
+        lines.append(_line("pre-training", "", n_missing, len(folders), estimate))
+        total += n_missing * estimate.seconds
     for stage, want, n in asked:
         estimate = costs.of(want.row, want.n_shot, want.n_tasks) if n else Estimate(0.0, "finished")
         rate = "" if want.rate is None else f"{want.rate:g}"

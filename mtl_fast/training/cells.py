@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -103,7 +102,6 @@ def best_cell(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
 def run_cells(pool: ProcessPoolExecutor, study: Study, wanted: Sequence[Wanted], what: str) -> list[Cell]:
     """Makes, or reads where finished, every run of the cells, in their order; `what` stands at the bar."""
     jobs = [(want, seed) for want in wanted for seed in want.seeds]
-    jobs.sort(key=lambda job: job[1])  # a worker that stays with a seed keeps its splits
     done = pool.map(_run, itertools.repeat(study), *zip(*jobs, strict=True)) if jobs else iter(())
     outcomes = dict(zip(jobs, tqdm(done, desc=what, total=len(jobs), unit="run"), strict=True))
     return [_cell(want, {seed: outcomes[want, seed] for seed in want.seeds}) for want in wanted]
@@ -160,11 +158,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-@lru_cache(maxsize=1)
-def _experiment(study: Study, seed: int) -> Experiment:
-    """The last experiment of this process, with its rendered stores."""
-    return study.experiment(seed)
-
-
 def _run(study: Study, want: Wanted, seed: int) -> Outcome:
-    return _experiment(study, seed).outcome(want.row, want.n_shot, lr=want.rate, n_tasks=want.n_tasks)
+    return study.experiment(seed).outcome(want.row, want.n_shot, lr=want.rate, n_tasks=want.n_tasks)

@@ -7,11 +7,13 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import GLYPHS_MAML, Config, InnerConfig
+import torch
+
+from ..config import GLYPHS_MAML, Config, DataConfig, InnerConfig
 from ..data import load_split
 from ..data.store import ImageStore
 from ..engine.evaluate import embed_episodes, fit_and_score
@@ -64,6 +66,15 @@ class Outcome:
     test_seconds: float = math.nan
 
 
+@lru_cache(maxsize=1)
+def splits_of(data: DataConfig, device: torch.device) -> dict[str, ImageStore]:
+    """The three splits, the last ones asked for kept."""
+    return {
+        split: load_split(data.source, split, data.image_size, **data.reading).to(device)
+        for split in ("train", "val", "test")
+    }
+
+
 class Experiment:
     """One seed's runs in one folder; whatever is finished there is read instead of made again.
 
@@ -90,14 +101,10 @@ class Experiment:
         self.output = Path(output)
         self.device = device_of(config)
 
-    @cached_property
+    @property
     def stores(self) -> dict[str, ImageStore]:
-        """The three splits, loaded once."""
-        data = self.config.data
-        return {
-            split: load_split(data.source, split, data.image_size, **data.reading).to(self.device)
-            for split in ("train", "val", "test")
-        }
+        """The three splits, loaded once for all seeds."""
+        return splits_of(self.config.data, self.device)
 
     @property
     def pretrain_folder(self) -> Path:

@@ -46,9 +46,11 @@ class Scope:
         return RATES.get(row, (None,)) if self.choose else (None,)
 
     @property
-    def all_seeds(self) -> tuple[int, ...]:
-        """Those of any row."""
-        return tuple(dict.fromkeys((*self.seeds, *self.whole_network_seeds)))
+    def pretrained_seeds(self) -> tuple[int, ...]:
+        """The seeds that need a pre-trained network."""
+        return tuple(
+            dict.fromkeys(seed for row in self.rows if row.pretrained for seed in self.seeds_of(row))
+        )
 
     def shots_of(self, row: Row) -> tuple[int, ...]:
         """The task shapes of a row."""

@@ -15,7 +15,7 @@ from mtl_fast.config import Config
 from mtl_fast.data.store import ImageStore
 from mtl_fast.errors import InputError
 from mtl_fast.training import ablation as module
-from mtl_fast.training import cells, experiment
+from mtl_fast.training import experiment
 from mtl_fast.training.ablation import ablation
 from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.phase import Phase
@@ -42,7 +42,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     def pool(workers: int) -> Iterator[Here]:
         yield Here()
 
-    cells._experiment.cache_clear()
+    experiment.splits_of.cache_clear()
     monkeypatch.setattr(experiment, "load_split", load)
     monkeypatch.setattr(module, "worker_pool", pool)
     monkeypatch.setattr(module, "preset", PRESETS.__getitem__)
@@ -111,7 +111,6 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
         updates.append(self.update)
         original(self)
 
-    cells._experiment.cache_clear()
     monkeypatch.setattr(MetaTraining, "_update", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", **options)

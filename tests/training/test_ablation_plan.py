@@ -25,6 +25,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     def load(source: str, split: str, size: int | None) -> ImageStore:
         return tiny.split(split)
 
+    experiment.splits_of.cache_clear()
     monkeypatch.setattr(experiment, "load_split", load)
     monkeypatch.setattr(experiment, "INNER_GRID", ((0.01, 1),))
     monkeypatch.setattr(experiment, "ALL_RATES", (0.01,))
@@ -99,6 +100,7 @@ def test_the_plan_counts_what_is_missing(study: Study, monkeypatch: pytest.Monke
         return [Cell(w.row, w.n_shot, w.rate, [outcome(1)], (0,)) for w in wanted if w.row == UPDATE_HEAD]
 
     scope = Scope(rows=(UPDATE_ALL, UPDATE_HEAD, FT_HEAD), shots=(1, 5), choose=True)
+    assert "pre-training" not in plan_text(study, Scope(rows=(MAML,)), finished, 2)
     lines = plan_text(study, scope, finished, 2).splitlines()
     counts = {tuple(line.split()[:-5]): line.split()[-5:-1] for line in lines[2:-2]}
     assert counts["pre-training",] == ["3", "3", "60.0", "3.00"]

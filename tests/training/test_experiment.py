@@ -45,6 +45,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(split)
         return tiny.split(split)
 
+    module.splits_of.cache_clear()
     monkeypatch.setattr(module, "load_split", load)
     return seen
 
