@@ -27,15 +27,16 @@ _ABOUT_THE_TABLE = """\
 The rows of one seed see the same tasks, those that adapt all weights the first ones of them. "Meta-learned" counts
 what meta-training moves, "adapted" what the inner loop moves for a task, "of all" the network with its head (Φ, which
 goes into the weights, is not counted again). "Prepared" is meta-training, or for "update" the choice of the inner loop,
-both after pre-training: by the clock, one thread a run, on a machine that may have had other work."""
+both after pre-training: by the clock, one thread a run, on a machine that may have had other work. Seeds differ in
+level: rows of different seeds are compared by the differences below, which are over the seeds that both have."""
 _ABOUT_THE_CLAIMS = """\
 What the paper claims, by the paired difference on the same test tasks, ± its 95 % interval. Confirmed: the interval
 lies above 0, and so does every seed; not confirmed: both lie below; otherwise, also where seeds disagree, undecided.
 The interval covers the draw of test tasks, the single seeds show the luck of training."""
 _ABOUT_CONVERGENCE = f"""\
 A run has converged when its validation accuracy first reaches the start and {100 * claims.REACHED:.0f} % of what the
-plain run of its seed has gained by its end; it is linear between validations, and a run that never gets there counts
-with its whole length. The interval is over seeds, by Student's t."""
+plain run of its seed has gained by its end (0 tasks where it gained nothing); it is linear between validations, and a
+run that never gets there counts with its whole length. The interval is over seeds, by Student's t."""
 _ABOUT_THE_FIGURE = """\
 The figure, convergence.png, shows the mean validation accuracy of the seeds. Its band is the 95 % interval over seeds,
 by Student's t, of what was gained since the start, for the seeds' levels differ; of a single seed, that over its

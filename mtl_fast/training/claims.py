@@ -126,7 +126,9 @@ def claims_text(cells: Cells, shots: Sequence[int]) -> str:
             for a, b in claim.pairs:
                 found = difference(cells, a, b, n_shot)
                 if found is not None:
-                    said = verdict(found.pooled, [one.mean for one in found.per_seed])
+                    said: str = verdict(found.pooled, [one.mean for one in found.per_seed])
+                    if found.n_seeds == 1:
+                        said += ", from one seed"
                     sentence = difference_sentence(a.label, b.label, found)
                     lines.append(f"- {claim.words}, {n_shot}-shot: **{said}**. {sentence}")
                     break

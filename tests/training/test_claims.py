@@ -83,6 +83,14 @@ def test_tasks_saved_compares_with_the_gain_of_the_plain_run_of_the_same_seed() 
     assert claims.tasks_saved(both, SS, 1)[0][0] == 0
 
 
+def test_a_verdict_from_one_seed_says_so() -> None:
+    cells = {
+        ("ss", 1): cell(SS, [0.8, 0.9, 0.85], seeds=(0,)),
+        ("ft-all", 1): cell(FT_ALL, [0.6, 0.7, 0.7], seeds=(0,)),
+    }
+    assert "1-shot: **confirmed, from one seed**. SS[Θ;θ] is better" in claims.claims_text(cells, (1,))
+
+
 def test_each_claim_is_a_sentence_with_its_verdict() -> None:
     better, worse = [0.8, 0.9, 0.85, 0.8], [0.6, 0.7, 0.7, 0.6]
     cells = {
