@@ -112,11 +112,6 @@ def _markdown(
                 half = "–" if math.isinf(interval.half) else f"{interval.half:,.0f}"
                 each = "; ".join(f"{plain:,.0f} / {hard:,.0f}" for plain, hard in saved)
                 speed.append([f"{row.label}, {n}-shot", each, f"{interval.mean:+,.0f} ± {half}", said])
-    chosen = ", ".join(
-        f"{row.label} {cells[row.key, shots[0]].rate:g}"
-        for row in scope.rows
-        if row.hard == "none" and (row.key, shots[0]) in cells and cells[row.key, shots[0]].rate is not None
-    )
     missing = _missing(scope, cells)
     facts = provenance()
     n_way = study.config.episodes.n_way
@@ -124,9 +119,7 @@ def _markdown(
         table(scope.rows, cells, shots, "markdown"),
         f"{n_way}-way accuracy on test tasks of {study.config.data.source}, ± 95 % interval over all seeds' tasks.\n"
         + _ABOUT_THE_TABLE,
-        f"Meta learning rates: {chosen};\nwith hard tasks as without, rows that are not named have the recipe's."
-        if chosen
-        else "Meta learning rates are the recipe's.",
+        _about_rates(scope, cells, shots[0]),
     ]
     if missing:
         parts.append(f"Not finished: {missing}.")
@@ -147,6 +140,23 @@ def _markdown(
         f"{facts['torch']},\n{facts['platform']}, {facts['cpu_capability']}, one thread a run."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _about_rates(scope: Scope, cells: Mapping[tuple[str, int], Cell], n_shot: int) -> str:
+    """Which meta learning rates hold, and how they came to be."""
+    chosen = {
+        row: cells[row.key, n_shot].rate
+        for row in scope.rows
+        if row.hard == "none" and (row.key, n_shot) in cells and cells[row.key, n_shot].rate is not None
+    }
+    if not chosen:
+        return "Meta learning rates are the recipe's."
+    told = ", ".join(f"{row.label} {rate:g}" for row, rate in chosen.items())
+    taken = [row.label for row in chosen if row.key not in scope.rates and row.rate_of in scope.rates]
+    text = f"Meta learning rates, chosen on the validation split: {told}.\n"
+    if taken:
+        text += f"The rate of {' and '.join(taken)} is that of the [Θ;θ] row. "
+    return text + "With hard tasks the rate is the same; rows that are not named have the recipe's."
 
 
 def _missing(scope: Scope, cells: Mapping[tuple[str, int], Cell]) -> str:

@@ -109,6 +109,19 @@ def test_every_claim_has_its_sentence_and_verdict(cells: Cells, tmp_path: Path) 
     assert not any(line.startswith("Not finished") for line in lines)
 
 
+def test_rates_are_told_with_where_they_are_from(cells: Cells) -> None:
+    assert (
+        module._about_rates(Scope(), {("maml", 1): cells["maml", 1]}, 1)
+        == "Meta learning rates are the recipe's."
+    )
+    told = module._about_rates(Scope(rates={"ss": 1e-3}, choose=True), cells, 1)
+    assert told.startswith(
+        "Meta learning rates, chosen on the validation split: SS[Θ4;θ] 0.001, SS[Θ;θ] 0.001.\n"
+    )
+    assert "The rate of SS[Θ4;θ] is that of the [Θ;θ] row." in told
+    assert "The rate of" not in module._about_rates(Scope(choose=True), cells, 1)
+
+
 def test_what_is_missing_is_named(cells: Cells, tmp_path: Path) -> None:
     cells["ss", 5] = replace(cells["ss", 5], outcomes=cells["ss", 5].outcomes[:1], seeds=(1,))
     del cells["maml-ht", 1]
