@@ -9,17 +9,19 @@ PIP_FLAGS ?=
 TEST_FLAGS ?= -n 2 -p no:benchmark
 DEMO_FLAGS ?=
 RESULTS_FLAGS ?=
+ABLATION_FLAGS ?=
 
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean soak shipped-model
+.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean soak shipped-model ablation
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
 	@echo "make test      all tests"
 	@echo "make soak      every phase killed at 100 random moments and gone on with (minutes)"
 	@echo "make results   the demo with three seeds at full length: the README's table and pictures"
+	@echo "make ablation  every row of the paper's ablation: table, claims and convergence figure (hours; --plan tells)"
 	@echo "make bench     microbenchmarks of each operation (python -m bench: beside the best of plain PyTorch)"
 	@echo "make shipped-model  train and pack the model that the package ships for Glyphs (minutes)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
@@ -74,6 +76,10 @@ docs-pictures: env
 
 shipped-model: native
 	$(BIN)/python tools/ship_model.py
+
+# Meta learning rates are those that `make results` chose on the validation split.
+ablation: native
+	$(BIN)/mtl-fast ablation --preset glyphs --rates docs/results/results.json $(ABLATION_FLAGS)
 
 lint: env
 	$(BIN)/ruff check .

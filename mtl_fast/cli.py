@@ -78,6 +78,51 @@ class Results:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Every row of the paper's ablation, plain and with hard tasks: one table, the claims, the convergence figure."""
+
+    output: Path = Path("runs/ablation")
+    """Folder of the runs; finished ones are kept, so the command can be given again."""
+    publish: Path = Path("docs/ablation")
+    """Folder for the table (Markdown, CSV, LaTeX), the figure and ablation.json."""
+    preset: str = "paper"
+    """Recipe of the rows that adapt the head; those of MAML have their own."""
+    data: DataConfig
+    rows: tuple[str, ...] = ()
+    """Keys of the rows, such as ss ss-ht; none: all."""
+    shots: tuple[int, ...] = (1, 5)
+    """Support images a class; rates are chosen at the first."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pre-trained network a seed."""
+    whole_network_shots: tuple[int, ...] = (1,)
+    """Support images a class of the rows that adapt all weights, which take long."""
+    whole_network_seeds: tuple[int, ...] = (0,)
+    """Their seeds."""
+    test_tasks: int = 2000
+    """Test tasks a seed, the same for all rows."""
+    whole_network_tasks: int = 600
+    """How many of them the rows that adapt all weights are tested on."""
+    rates: str = "preset"
+    """Meta learning rates: the `preset`'s; a `grid`, chosen on the validation split; or a results.json."""
+    plan: bool = False
+    """Only print the runs that are missing and their estimated hours."""
+    finished: bool = False
+    """Publish what is finished, and make nothing."""
+    workers: int = 1
+    """Runs at a time, one thread each; 0: one a core."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+
+    def run(self) -> None:
+        from .training.ablation import ablation
+        from .training.ranks import refuse_ranks
+
+        refuse_ranks("ablation")
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        ablation(options.pop("output"), options.pop("publish"), recipe=options.pop("preset"), **options)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """What both trainings ask for."""
 
@@ -240,6 +285,7 @@ def commands(config: Config) -> dict[str, Any]:
         "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
         "data": Data(tyro.MISSING, tyro.MISSING),
         "results": Results(),
+        "ablation": Ablation(data=config.data),
         "build": Build(),
         "doctor": Doctor(),
     }

@@ -338,7 +338,9 @@ def test_an_option_that_does_not_exist_ends_with_status_2(capsys: pytest.Capture
         assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "pretrain", "meta-train", "evaluate", "embed", "results"])
+@pytest.mark.parametrize(
+    "command", ["demo", "pretrain", "meta-train", "evaluate", "embed", "results", "ablation"]
+)
 def test_help_names_every_option_with_its_meaning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -353,6 +355,7 @@ def test_help_names_every_option_with_its_meaning(command: str, capsys: pytest.C
         "embed": ("--mirror", "Embed the mirror images as well"),
         "demo": ("--resume", "Go on where a demo"),
         "results": ("--seeds", "seed"),
+        "ablation": ("--plan", "--data.source STR", "Only print the runs that are missing"),
     }.items():
         if option == command:
             assert all(part in text for part in meaning), text

@@ -14,9 +14,10 @@ from ..errors import InputError
 from . import report
 from .checkpoint import provenance
 from .evaluate import Score, save_score
-from .experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
+from .experiment import Experiment
 from .folder_lock import FolderLock
 from .logging import duration
+from .rows import FT_HEAD, SS, SS_HT, UPDATE_HEAD
 from .run import check_settings, make_folder, read_settings, write_text
 from .statistics import paired_difference
 

@@ -2,61 +2,77 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+import dataclasses
+import math
+import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import GLYPHS_MAML, Config, InnerConfig
+import torch
+
+from ..config import GLYPHS_MAML, Config, DataConfig, InnerConfig
 from ..data import load_split
 from ..data.store import ImageStore
-from ..engine.evaluate import Adapt, embed_episodes, fit_and_score
+from ..engine.evaluate import embed_episodes, fit_and_score
 from ..engine.inner_loops import evaluate_all_weights
 from ..engine.scores import Evaluation
 from ..episodes import Episodes
 from ..nn import LinearHead
-from .evaluate import Score, drawn_episodes, score
+from . import checkpoint
+from .evaluate import TENSORS, Score, drawn_episodes, save_score, score
 from .meta_train import MetaTraining
-from .models import Model, device_of, load_model, preprocess_of
+from .models import (
+    Model,
+    device_of,
+    facts_of,
+    fingerprint,
+    learnable,
+    load_model,
+    preprocess_of,
+    weights_of,
+)
 from .pretrain import Pretraining, validation_episodes
+from .rows import ALL_RATES, ALL_STEPS, INNER_GRID, UPDATE_HEAD, Row
 from .subject import nothing_learned
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the paper's comparison.
+class Outcome:
+    """What a row gave in one seed and task shape.
 
     Attributes:
-        key, label: of files and tables.
-        learn: what meta-training moves beside the head's start, as `MetaConfig.learn`.
-        hard: the hard-task meta-batch, as `MetaConfig.hard`.
-        adapt: what the inner loop moves; with ``all``, meta-training follows the recipe of MAML.
-        pretrained: whether meta-training starts from the pre-trained network; otherwise from MAML's own, random.
+        task_accuracy: of each test task.
+        validation: the best validation accuracy in training ("update": in pre-training).
+        curve: points of tasks seen, validation accuracy, half-width of its interval.
+        inner: step size and number of steps at test.
+        n_learned: numbers that meta-training moved, the head's start among them.
+        n_adapted: numbers that the inner loop moves for a task.
+        n_total: numbers of the network with its head; Φ, which goes into the weights, is not counted again.
+        seconds: of meta-training ("update": of choosing the inner loop), NaN where a run did not say.
+        test_seconds: of the test.
     """
 
-    key: str
-    label: str
-    learn: str = "head"
-    hard: str = "none"
-    adapt: Adapt = "head"
-    pretrained: bool = True
+    task_accuracy: list[float]
+    validation: float
+    curve: list[list[float]]
+    inner: tuple[float, int]
+    n_learned: int = 0
+    n_adapted: int = 0
+    n_total: int = 0
+    seconds: float = math.nan
+    test_seconds: float = math.nan
 
 
-UPDATE_HEAD = Row("update-head", "update θ")
-UPDATE_ALL = Row("update-all", "update [Θ;θ]", adapt="all")
-FT_HEAD = Row("ft-head", "FT θ")
-FT_ALL = Row("ft-all", "FT[Θ;θ]", learn="weights")
-SS = Row("ss", "SS[Θ;θ]", learn="scale_shift")
-SS_HT = Row("ss-ht", "SS[Θ;θ] + HT", learn="scale_shift", hard="resample")
-MAML = Row("maml", "MAML", learn="weights", adapt="all", pretrained=False)
-MAML_HT = Row("maml-ht", "MAML + HT", learn="weights", hard="resample", adapt="all", pretrained=False)
-MAML_DEEP = Row("maml-deep", "MAML deep", learn="weights", adapt="all")
-MAML_DEEP_HT = Row("maml-deep-ht", "MAML deep + HT", learn="weights", hard="resample", adapt="all")
-
-# Where "update θ" and "update [Θ;θ]" look for their step size and number of steps, on the validation split.
-INNER_GRID = tuple(itertools.product((0.002, 0.005, 0.01, 0.02, 0.05, 0.1), (10, 20, 50, 100, 200)))
-ALL_RATES, ALL_STEPS = (0.003, 0.01, 0.03, 0.1), (5, 10, 20, 50)
+@lru_cache(maxsize=1)
+def splits_of(data: DataConfig, device: torch.device) -> dict[str, ImageStore]:
+    """The three splits, the last ones asked for kept."""
+    return {
+        split: load_split(data.source, split, data.image_size, **data.reading).to(device)
+        for split in ("train", "val", "test")
+    }
 
 
 class Experiment:
@@ -66,28 +82,40 @@ class Experiment:
         config: settings of all rows; a row changes what it learns and its hard tasks.
         output: the folder.
         maml: where the rows of MAML take inner loop and meta-training from, and Conv-4 the network.
+        maml_deep: the same for those that start from the pre-trained network; None: `maml`.
+        n_drawn: test tasks that are drawn, of which a row may be tested on the first ones; None: as in `config`.
     """
 
-    def __init__(self, config: Config, output: str | Path, *, maml: Config = GLYPHS_MAML) -> None:
+    def __init__(
+        self,
+        config: Config,
+        output: str | Path,
+        *,
+        maml: Config = GLYPHS_MAML,
+        maml_deep: Config | None = None,
+        n_drawn: int | None = None,
+    ) -> None:
         self.config = config
-        self.maml = maml
+        self.maml, self.maml_deep = maml, maml_deep or maml
+        self.n_drawn = config.evaluation.n_tasks if n_drawn is None else n_drawn
         self.output = Path(output)
         self.device = device_of(config)
 
-    @cached_property
+    @property
     def stores(self) -> dict[str, ImageStore]:
-        """The three splits, loaded once."""
-        data = self.config.data
-        return {
-            split: load_split(data.source, split, data.image_size, **data.reading).to(self.device)
-            for split in ("train", "val", "test")
-        }
+        """The three splits, loaded once for all seeds."""
+        return splits_of(self.config.data, self.device)
+
+    @property
+    def pretrain_folder(self) -> Path:
+        """Where pre-training lies."""
+        return self.output / "pretrain"
 
     @cached_property
     def _pretrained(self) -> Path:
         """The pre-trained model file; validation is 1-shot: one encoder serves all tasks."""
         train, val = self.stores["train"], self.stores["val"]
-        folder = self.output / "pretrain"
+        folder = self.pretrain_folder
         return Pretraining(self.with_shot(1), folder, resume=True, train=train, val=val).run()
 
     def pretrain(self) -> Model:
@@ -100,32 +128,45 @@ class Experiment:
 
     def settings(self, row: Row, n_shot: int, *, lr: float | None = None) -> Config:
         """A row's settings of meta-training; `lr` replaces the rate of what it learns (MAML: of all it learns)."""
-        config, recipe = self.with_shot(n_shot), self.maml if row.adapt == "all" else self.config
-        meta: dict[str, Any] = {"learn": row.learn, "hard": row.hard}
+        config, recipe = self.with_shot(n_shot), self.config
+        if row.is_whole_network:
+            recipe = self.maml_deep if row.pretrained else self.maml
+        meta: dict[str, Any] = {
+            "learn": row.learn,
+            "last_block_only": row.last_block_only,
+            "hard": row.hard,
+        }
         if lr is not None:
-            rates = ("lr", "head_lr") if row.adapt == "all" else ("head_lr" if row.learn == "head" else "lr",)
+            rates = (
+                ("lr", "head_lr") if row.is_whole_network else ("head_lr" if row.learn == "head" else "lr",)
+            )
             meta |= dict.fromkeys(rates, lr)
         network = config.encoder if row.pretrained else recipe.encoder
         return replace(config, encoder=network, inner=recipe.inner, meta=replace(recipe.meta, **meta))
 
     def meta_train(self, row: Row, n_shot: int, *, lr: float | None = None) -> Model:
         """Meta-trains a row, from the pre-trained encoder unless it starts from random weights; see `settings`."""
-        config = self.settings(row, n_shot, lr=lr)
-        folder = self.output / (f"{row.key}-{n_shot}shot" + ("" if lr is None else f"-lr{lr:g}"))
+        config, folder = self.settings(row, n_shot, lr=lr), self.folder(row, n_shot, lr)
         train, val = self.stores["train"], self.stores["val"]
         pretrained = self.pretrain() if row.pretrained else None
         MetaTraining(config, pretrained, folder, resume=True, train=train, val=val).run()
         return load_model(folder, device=self.device)
 
-    def choose_inner(self, model: Model, n_shot: int, row: Row = UPDATE_HEAD) -> InnerConfig:
-        """The inner loop of "update θ" or "update [Θ;θ]" that is best on the validation episodes."""
+    def folder(self, row: Row, n_shot: int, lr: float | None) -> Path:
+        """Where a row's meta-training lies."""
+        return self.output / _name(row, n_shot, lr)
+
+    def choose_inner(
+        self, model: Model, n_shot: int, row: Row = UPDATE_HEAD, *, n_tasks: int | None = None
+    ) -> InnerConfig:
+        """The inner loop of "update θ" or "update [Θ;θ]" that is best on `n_tasks` validation episodes (None: all)."""
         config = self.with_shot(n_shot)
         store = self.stores["val"]
-        episodes = validation_episodes(config, store, config.meta.validation_tasks)
+        episodes = validation_episodes(config, store, n_tasks or config.meta.validation_tasks)
         preprocess = preprocess_of(config)
         head = LinearHead(model.encoder.feature_dim, config.episodes.n_way, init="zeros").to(self.device)
         accuracies: dict[tuple[float, int], float] = {}
-        if row.adapt == "all":
+        if row.is_whole_network:
             for lr in ALL_RATES:
                 found = evaluate_all_weights(
                     model.encoder, head, store, episodes, preprocess, inner_lr=lr, n_steps=ALL_STEPS
@@ -141,7 +182,7 @@ class Experiment:
         return replace(config.inner, lr=lr, test_steps=steps, adapt=row.adapt)
 
     def test(
-        self, model: Model, n_shot: int, inner: InnerConfig | None = None
+        self, model: Model, n_shot: int, inner: InnerConfig | None = None, *, n_tasks: int | None = None
     ) -> tuple[Score, Evaluation, Episodes]:
         """Scores a model on the test tasks of this seed, the same ones for every row.
 
@@ -149,12 +190,111 @@ class Experiment:
             model: meta-trained, or the pre-trained one ("update").
             n_shot: support images a class.
             inner: None is the inner loop that the model was made with.
+            n_tasks: only the first ones of the tasks that are drawn; None: all.
         """
-        config = self.with_shot(n_shot)
-        meta = nothing_learned(config.meta) if model.head is None else model.config.meta
-        tested = replace(config.evaluation, split="test")
-        config = replace(config, inner=inner or model.config.inner, meta=meta, evaluation=tested)
+        config = self._test_settings(model, n_shot)
+        config = replace(config, inner=inner or config.inner)
         store = self.stores["test"]
-        episodes = drawn_episodes(config, store)
+        episodes = drawn_episodes(config, store)[: n_tasks or self.n_drawn]
         result, evaluation = score(model, config, store, episodes)
         return result, evaluation, episodes
+
+    def _test_settings(self, model: Model, n_shot: int) -> Config:
+        """Of the test of a model, with the inner loop that it was made with."""
+        config = self.with_shot(n_shot)
+        meta = nothing_learned(config.meta) if model.head is None else model.config.meta
+        tested = replace(config.evaluation, split="test", n_tasks=self.n_drawn)
+        return replace(config, inner=model.config.inner, meta=meta, evaluation=tested)
+
+    def outcome(
+        self, row: Row, n_shot: int, *, lr: float | None = None, n_tasks: int | None = None
+    ) -> Outcome:
+        """Trains and tests a row, or reads what of that is finished."""
+        model = self.meta_train(row, n_shot, lr=lr) if row.meta_trained else self.pretrain()
+        found = self._finished_test(model, row, n_shot, lr, n_tasks)
+        if found is not None:
+            return found
+        start = time.monotonic()
+        inner = None if row.meta_trained else self.choose_inner(model, n_shot, row)
+        chosen = time.monotonic()
+        result, _, _ = self.test(model, n_shot, inner, n_tasks=n_tasks)
+        now = time.monotonic()
+        save_score(
+            self._test_folder(row, n_shot, lr),
+            result,
+            row.label,
+            facts=self._test_facts(model, row, n_shot, n_tasks),
+            seconds={"inner loop chosen": chosen - start, "test": now - chosen},
+        )
+        found = self._finished_test(model, row, n_shot, lr, n_tasks)
+        assert found is not None
+        return found
+
+    def finished(
+        self, row: Row, n_shot: int, *, lr: float | None = None, n_tasks: int | None = None
+    ) -> Outcome | None:
+        """What `outcome` has made before, if its training and its test are finished; makes nothing."""
+        folder = self.folder(row, n_shot, lr) if row.meta_trained else self.pretrain_folder
+        if not (folder / "model.safetensors").exists():
+            return None
+        return self._finished_test(load_model(folder, device=self.device), row, n_shot, lr, n_tasks)
+
+    def _test_folder(self, row: Row, n_shot: int, lr: float | None) -> Path:
+        return self.output / "test" / _name(row, n_shot, lr)
+
+    def _test_facts(self, model: Model, row: Row, n_shot: int, n_tasks: int | None) -> dict[str, Any]:
+        """All that a test's result depends on, for JSON; where it is computed is no part of that."""
+        config = dataclasses.asdict(self._test_settings(model, n_shot))
+        del config["device"]
+        searched: Any = None
+        if not row.meta_trained:
+            searched = [ALL_RATES, ALL_STEPS] if row.is_whole_network else INNER_GRID
+        return {
+            "weights": fingerprint(weights_of(model.encoder, model.head)),
+            "data": facts_of(self.stores["test"]),
+            "config": config,
+            "inner searched": searched,
+            "first tasks": n_tasks or self.n_drawn,
+        }
+
+    def _finished_test(
+        self, model: Model, row: Row, n_shot: int, lr: float | None, n_tasks: int | None
+    ) -> Outcome | None:
+        """The test that lies there, unless it is of other weights, settings or tasks."""
+        file = self._test_folder(row, n_shot, lr) / TENSORS
+        if not file.exists():
+            return None
+        tensors, meta = checkpoint.load(file)
+        facts = self._test_facts(model, row, n_shot, n_tasks)
+        if checkpoint.first_difference(meta.get("facts", {}), facts):
+            return None
+        n_learned, n_total = _sizes(model)
+        n_head = (model.encoder.feature_dim + 1) * model.config.episodes.n_way
+        inner = meta["config"]["inner"]
+        return Outcome(
+            tensors["task_accuracy"].tolist(),
+            model.meta["validation_accuracy"],
+            model.meta["curve"] if row.meta_trained else [],
+            (inner["lr"], inner["test_steps"]),
+            n_learned + n_head if row.meta_trained else 0,
+            n_total + n_head if row.is_whole_network else n_head,
+            n_total + n_head,
+            model.meta.get("seconds", math.nan) if row.meta_trained else meta["seconds"]["inner loop chosen"],
+            meta["seconds"]["test"],
+        )
+
+
+def _name(row: Row, n_shot: int, lr: float | None) -> str:
+    return f"{row.key}-{n_shot}shot" + ("" if lr is None else f"-lr{lr:g}")
+
+
+def _sizes(model: Model) -> tuple[int, int]:
+    """Numbers of the encoder that meta-training moved, and all but Φ."""
+    encoder = model.encoder
+    n_total = sum(p.numel() for p in encoder.parameters())
+    n_total -= sum(p.numel() for p in encoder.scale_shift_parameters())
+    if model.head is None:
+        return 0, n_total
+    # On a copy: opening scale and shift starts them anew.
+    n_learned = sum(p.numel() for p in learnable(copy.deepcopy(encoder), model.config))
+    return n_learned, n_total

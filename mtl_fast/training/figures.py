@@ -30,6 +30,8 @@ METHODS = {
     "FT[Θ;θ]": ("#009E73", "v"),
     "SS[Θ;θ]": ("#0072B2", "^"),
     "SS[Θ;θ] + HT": ("#D55E00", "D"),
+    "plain meta-batch": ("#0072B2", "^"),
+    "HT meta-batch": ("#D55E00", "D"),
 }
 SPARE = (("#CC79A7", "P"), ("#56B4E9", "X"), ("#1b1f24", "*"), *METHODS.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -96,6 +97,12 @@ class Phase(ABC):
         self.best: dict[str, Tensor] = {}
         self.best_accuracy, self.best_update = -1.0, 0
         self.curve: list[list[float]] = []
+        self._began, self._seconds_before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The run's time up to now, validations included; of what was stopped, up to the checkpoint."""
+        return self._seconds_before + time.monotonic() - self._began
 
     def _placed(self, store: ImageStore) -> ImageStore:
         store = placed(
@@ -126,6 +133,7 @@ class Phase(ABC):
                 if ranks.first
                 else NoLog()
             )
+        self._began = time.monotonic()
         path = folder / "profile.json" if self.profile and ranks.first else None
         trace = StepTrace(path, self.device, self.spans)
         ahead = nullcontext() if self.ahead is None else self.ahead
@@ -163,11 +171,22 @@ class Phase(ABC):
                     image_size=self.image_size,
                     validation_accuracy=self.best_accuracy,
                     curve=self.curve,
+                    seconds=self.seconds,
                     **self._model_facts(),
                 )
         if ranks.any(stop.requested):
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
+
+    def time_updates(self, n: int) -> float:
+        """Seconds an update takes, from `n` of them after one to warm up; the state moves on, and nothing is saved."""
+        self._begin(NoLog())
+        for i in range(n + 1):
+            if i == 1:
+                start = time.monotonic()
+            self._update()
+            float(self.head.bias.detach()[0])  # waits for the device
+        return (time.monotonic() - start) / n
 
     def _checkpoint(self, log: RunLog | None = None) -> None:
         """Saves the state, after a report where there is a log for it."""
@@ -279,6 +298,7 @@ class Phase(ABC):
                 "best_accuracy": self.best_accuracy,
                 "best_update": self.best_update,
                 "curve": self.curve,
+                "seconds": self.seconds,
             },
         )
 
@@ -295,4 +315,5 @@ class Phase(ABC):
         self._load_loop_state()
         self.best = folder.section("best")
         self.update, self.curve = meta["update"], meta["curve"]
+        self._seconds_before = meta.get("seconds", 0.0)
         self.best_accuracy, self.best_update = meta["best_accuracy"], meta["best_update"]

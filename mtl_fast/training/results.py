@@ -4,89 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
-import os
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from ..config import Config, preset
 from ..errors import InputError
 from . import report
+from .cells import Cell, Study, Wanted, best_cell, run_cells, worker_pool
 from .checkpoint import provenance
 from .demo import draw_curves, draw_episode
-from .evaluate import save_score
-from .experiment import FT_ALL, FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment, Row
 from .folder_lock import FolderLock
 from .models import device_of
-from .run import Interrupted, make_folder, tell_of_missing_kernels, write_text
-from .statistics import Interval, SeedsDifference, mean_interval, pooled_difference
+from .rows import FT_ALL, FT_HEAD, RATES, SS, SS_HT, UPDATE_HEAD, Row
+from .run import make_folder, tell_of_missing_kernels, write_text
+from .statistics import Interval, SeedsDifference, pooled_difference
 
 SHOTS = (1, 5)
-# Meta learning rates tried, of what the row learns (FT θ: of the head's start): each method's own neighbourhood,
-# with two rates that weights (FT[Θ;θ]) and scale and shift have in common.
-RATES = {
-    FT_HEAD: (1e-4, 3e-4, 1e-3),
-    FT_ALL: (3e-5, 1e-4, 3e-4, 1e-3),
-    SS: (3e-4, 1e-3, 3e-3, 1e-2),
-    SS_HT: (3e-4, 1e-3, 3e-3, 1e-2),
-}
-ROWS = tuple(RATES)
-ALL_RATES = tuple(sorted(set(itertools.chain(*RATES.values()))))
+ROWS = (FT_HEAD, FT_ALL, SS, SS_HT)
+TRIED = tuple(sorted(set(itertools.chain(*(RATES[row] for row in ROWS)))))
 COMPARED = ((SS, UPDATE_HEAD), (SS, FT_HEAD), (SS, FT_ALL), (SS_HT, SS))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of one seed: a row of the table at one task shape and rate ("update θ" has no rate)."""
-
-    config: Config
-    folder: str
-    row: Row
-    n_shot: int
-    rate: float | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job gave: each test task's accuracy, the best validation accuracy, its curve, the inner loop."""
-
-    task_accuracy: list[float]
-    validation: float
-    curve: list[list[float]]
-    inner: tuple[float, int]
-
-
-@dataclass
-class Cell:
-    """One method at one task shape and rate, over the seeds."""
-
-    row: Row
-    n_shot: int
-    rate: float | None
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    @property
-    def validation(self) -> float:
-        """Mean over seeds of the best validation accuracy: what the rate is chosen by."""
-        return sum(outcome.validation for outcome in self.outcomes) / len(self.outcomes)
-
-    def accuracies(self) -> list[list[float]]:
-        """Each seed's accuracies of single test tasks."""
-        return [outcome.task_accuracy for outcome in self.outcomes]
-
-    def interval(self) -> Interval:
-        """Mean and 95 % interval over all seeds' tasks."""
-        return mean_interval(list(itertools.chain(*self.accuracies())))
 
 
 def results(
@@ -122,118 +60,36 @@ def results(
     for folder in (output, publish):  # before the work, not after it
         make_folder(folder)
     with FolderLock(output):
-        _results(config, output, publish, seeds, workers)
+        _results(config, output, publish, tuple(seeds), workers)
 
 
-def _results(config: Config, output: Path, publish: Path, seeds: Sequence[int], workers: int) -> None:
+def _results(config: Config, output: Path, publish: Path, seeds: tuple[int, ...], workers: int) -> None:
     """The results in a folder that is this process's own."""
-    with _pool(workers or os.cpu_count() or 1) as pool:
+    study = Study(config, output)
+    with worker_pool(workers) as pool:
 
         def run(rows: Sequence[tuple[Row, int, float | None]], what: str) -> list[Cell]:
-            jobs = [
-                Job(replace(config, seed=seed), str(output / f"seed{seed}"), row, n_shot, rate)
-                for row, n_shot, rate in rows
-                for seed in seeds
-            ]
-            outcomes = list(tqdm(pool.map(_run, jobs), desc=what, total=len(jobs), unit="run"))
-            return [
-                Cell(*row, outcomes=part)
-                for row, part in zip(rows, _grouped(outcomes, len(seeds)), strict=True)
-            ]
+            return run_cells(pool, study, [Wanted(*row, seeds) for row in rows], what)
 
         cells = run([(UPDATE_HEAD, 1, None)], "pre-training")
         cells += run([(row, 1, rate) for row in ROWS for rate in RATES[row]], "1-shot, all rates")
-        chosen = {row: _best(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
+        chosen = {row: best_cell(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
         cells += run([(row, 5, rate) for row, rate in chosen.items()], "5-shot")
-    best = {(row.key, n): _best(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
+    best = {(row.key, n): best_cell(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
     write_text(publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n")
     write_text(publish / "results.md", _markdown(cells, best, seeds))
-    draw_curves(publish / "curves.png", {key: _mean_curve(cell) for key, cell in best.items()})
+    draw_curves(publish / "curves.png", {key: cell.mean_curve() for key, cell in best.items()})
     report.rate_sensitivity_figure(publish / "rates.png", {"1-shot": _rate_curves(cells)})
-    first = Experiment(replace(config, seed=seeds[0]), output / f"seed{seeds[0]}")
+    first = study.experiment(seeds[0])
     model = first.meta_train(SS_HT, 1, lr=chosen[SS_HT])
     _, evaluation, episodes = first.test(model, 1)
     draw_episode(publish / "episode.png", first, evaluation, episodes)
     print(f"published in {publish}")
 
 
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
-        try:
-            yield pool
-        except (Interrupted, KeyboardInterrupt):
-            pool.shutdown(cancel_futures=True)
-            raise Interrupted("stopped; what was made is kept, and the same command goes on") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _quiet_worker() -> None:
-    """One thread a run, the parent's bar as the only progress, and no life after the parent's."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the worker
-
-
-def _end_with_parent() -> None:
-    # Otherwise a killed command's workers would go on writing into folders that the next one uses.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@lru_cache(maxsize=1)
-def _experiment(config: Config, folder: str) -> Experiment:
-    """The last experiment of this process, with its rendered stores."""
-    return Experiment(config, folder)
-
-
-def _run(job: Job) -> Outcome:
-    experiment = _experiment(job.config, job.folder)
-    if job.row == UPDATE_HEAD:
-        model = experiment.pretrain()
-        inner = experiment.choose_inner(model, job.n_shot)
-    else:
-        model = experiment.meta_train(job.row, job.n_shot, lr=job.rate)
-        inner = job.config.inner
-    result, _, _ = experiment.test(model, job.n_shot, inner)
-    name = f"{job.row.key}-{job.n_shot}shot" + ("" if job.rate is None else f"-lr{job.rate:g}")
-    save_score(experiment.output / "test" / name, result, job.row.label)
-    return Outcome(
-        result.task_accuracy.tolist(),
-        model.meta["validation_accuracy"],
-        model.meta["curve"],
-        (inner.lr, inner.test_steps),
-    )
-
-
-def _grouped(outcomes: list[Outcome], size: int) -> Iterator[list[Outcome]]:
-    return (outcomes[i : i + size] for i in range(0, len(outcomes), size))
-
-
-def _best(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
-    """The row's cell with the best validation accuracy; the first of equal ones."""
-    return max((c for c in cells if c.row == row and c.n_shot == n_shot), key=lambda cell: cell.validation)
-
-
 def _at(cells: Sequence[Cell], row: Row, rate: float) -> Cell:
     """The row's 1-shot cell at a rate."""
     return next(c for c in cells if c.row == row and c.rate == rate and c.n_shot == 1)
-
-
-def _mean_curve(cell: Cell) -> list[list[float]]:
-    """Validation curve averaged over seeds: tasks, mean, half-width of its 95 % interval."""
-    points = zip(*(outcome.curve for outcome in cell.outcomes), strict=True)
-    n = len(cell.outcomes)
-    if cell.row == UPDATE_HEAD:
-        return []
-    return [
-        [same[0][0], sum(p[1] for p in same) / n, sum(p[2] ** 2 for p in same) ** 0.5 / n] for same in points
-    ]
 
 
 def _differences(best: dict[tuple[str, int], Cell]) -> dict[str, list[SeedsDifference]]:
@@ -249,8 +105,8 @@ def _rate_curves(cells: Sequence[Cell]) -> dict[str, report.Curve]:
     def curve(rates: Sequence[float], intervals: list[Interval]) -> report.Curve:
         return report.Curve(rates, [i.mean for i in intervals], [i.half for i in intervals])
 
-    update = _best(cells, UPDATE_HEAD, 1).interval()
-    curves = {UPDATE_HEAD.label: curve(ALL_RATES, [update] * len(ALL_RATES))}
+    update = best_cell(cells, UPDATE_HEAD, 1).interval()
+    curves = {UPDATE_HEAD.label: curve(TRIED, [update] * len(TRIED))}
     for row in ROWS:
         curves[row.label] = curve(RATES[row], [_at(cells, row, rate).interval() for rate in RATES[row]])
     return curves
@@ -269,12 +125,10 @@ def _markdown(cells: Sequence[Cell], best: dict[tuple[str, int], Cell], seeds: S
     chosen = ", ".join(f"{row.label} {best[row.key, 1].rate:g}" for row in ROWS)
     by_rate = report.table(
         {
-            row.label: [
-                _at(cells, row, rate).interval() if rate in RATES[row] else None for rate in ALL_RATES
-            ]
+            row.label: [_at(cells, row, rate).interval() if rate in RATES[row] else None for rate in TRIED]
             for row in ROWS
         },
-        [f"{rate:g}" for rate in ALL_RATES],
+        [f"{rate:g}" for rate in TRIED],
         corner="1-shot accuracy, %, at meta learning rate",
     )
     facts = provenance()

@@ -21,7 +21,7 @@ from mtl_fast.training import checkpoint
 from mtl_fast.training import demo as module
 from mtl_fast.training.demo import demo
 from mtl_fast.training.evaluate import Score
-from mtl_fast.training.experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Row
+from mtl_fast.training.rows import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Row
 from mtl_fast.training.statistics import mean_interval
 from tests.training import tiny
 

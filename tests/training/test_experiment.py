@@ -13,21 +13,23 @@ from mtl_fast.data.store import ImageStore
 from mtl_fast.engine.evaluate import embed_episodes, evaluate, fit_and_score
 from mtl_fast.nn import LinearHead
 from mtl_fast.training import experiment as module
-from mtl_fast.training.experiment import (
+from mtl_fast.training.experiment import Experiment
+from mtl_fast.training.models import preprocess_of
+from mtl_fast.training.pretrain import validation_episodes
+from mtl_fast.training.rows import (
     FT_ALL,
     FT_HEAD,
+    FT_LAST,
     MAML,
     MAML_DEEP,
     MAML_DEEP_HT,
     MAML_HT,
     SS,
     SS_HT,
+    SS_LAST,
     UPDATE_ALL,
     UPDATE_HEAD,
-    Experiment,
 )
-from mtl_fast.training.models import preprocess_of
-from mtl_fast.training.pretrain import validation_episodes
 from tests.training import tiny
 from tests.training.tiny import MAML as MAML_CONFIG
 
@@ -43,6 +45,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(split)
         return tiny.split(split)
 
+    module.splits_of.cache_clear()
     monkeypatch.setattr(module, "load_split", load)
     return seen
 
@@ -56,6 +59,8 @@ def test_rows_differ_in_what_they_say(loaded: list[str], tmp_path: Path) -> None
         "ss": ("scale_shift", "none"),
         "ss-ht": ("scale_shift", "resample"),
     }
+    assert not any(meta.last_block_only for meta in rows.values())
+    assert experiment.settings(SS_LAST, 1).meta == replace(rows["ss"], last_block_only=True)
     assert {replace(meta, learn="head", hard="none") for meta in rows.values()} == {
         replace(CONFIG.meta, learn="head", hard="none")
     }
@@ -191,3 +196,46 @@ def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothi
     head_only, _, same_tasks = experiment.test(model, 1, replace(inner, adapt="head"))
     assert torch.equal(tasks.support, same_tasks.support)
     assert not torch.equal(result.task_accuracy, head_only.task_accuracy)
+
+
+def test_an_outcome_is_read_only_where_weights_settings_and_tasks_are_the_same(
+    loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1), (0.3, 7)))
+    experiment = Experiment(CONFIG, tmp_path, n_drawn=9)
+    assert experiment.finished(SS, 1) is experiment.finished(UPDATE_HEAD, 1) is None
+    scales, update = experiment.outcome(SS, 1), experiment.outcome(UPDATE_HEAD, 1)
+    assert experiment.finished(SS, 1) == scales
+    assert experiment.finished(UPDATE_HEAD, 1) == update
+    assert len(scales.task_accuracy) == 9
+    assert (update.curve, update.n_learned, update.n_adapted) == ([], 0, 3 * 5)
+    assert scales.seconds > 0
+    # The first tasks of those that are drawn: fewer tests are no other tasks.
+    assert experiment.finished(SS, 1, n_tasks=4) is None
+    assert experiment.outcome(SS, 1, n_tasks=4).task_accuracy == scales.task_accuracy[:4]
+    assert experiment.finished(SS, 1) is None
+    # Another grid may choose another inner loop.
+    monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1),))
+    assert experiment.finished(UPDATE_HEAD, 1) is None
+    assert experiment.outcome(UPDATE_HEAD, 1).inner == (0.01, 1)
+
+
+def test_what_is_counted_as_learned(loaded: list[str], tmp_path: Path) -> None:
+    experiment = Experiment(CONFIG, tmp_path)
+    plain = experiment.pretrain().encoder
+    n_total, n_head = sum(p.numel() for p in plain.parameters()), 3 * (plain.feature_dim + 1)
+    found = {row.key: experiment.outcome(row, 1) for row in (FT_HEAD, FT_LAST, FT_ALL, SS_LAST, SS)}
+    convs = {
+        row: plain.convs(plain.blocks()[-1] if row.last_block_only else None) for row in (FT_LAST, FT_ALL)
+    }
+    weights = {
+        row.key: sum(c.weight.numel() + (0 if c.bias is None else c.bias.numel()) for c in of)
+        for row, of in convs.items()
+    }
+    # Three scaled convolutions a block: a scale a kernel and a shift a filter.
+    scales = {"ss-last": 3 * (4 * 4 + 4), "ss": (3 * 4 + 4) + 11 * (4 * 4 + 4)}
+    learned = {key: outcome.n_learned - n_head for key, outcome in found.items()}
+    assert learned == {"ft-head": 0} | weights | scales
+    assert {(outcome.n_adapted, outcome.n_total) for outcome in found.values()} == {
+        (n_head, n_total + n_head)
+    }

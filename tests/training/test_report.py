@@ -84,5 +84,5 @@ def test_a_row_of_another_length_is_named(make: object) -> None:
 
 
 def test_an_unknown_style_is_named() -> None:
-    with pytest.raises(ValueError, match="style must be 'markdown' or 'plain', it is 'html'"):
+    with pytest.raises(ValueError, match="style must be one of 'markdown', 'plain', 'latex', it is 'html'"):
         table(ROWS, style="html")  # type: ignore[arg-type]

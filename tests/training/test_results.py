@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from mtl_fast.config import preset
 from mtl_fast.training import report, results
+from mtl_fast.training.cells import Cell, best_cell
 from mtl_fast.training.demo import draw_curves
-from mtl_fast.training.experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD
-from mtl_fast.training.results import RATES, ROWS, SHOTS, Cell, Outcome
+from mtl_fast.training.experiment import Outcome
+from mtl_fast.training.results import ROWS, SHOTS
+from mtl_fast.training.rows import FT_ALL, RATES, SS, SS_HT, UPDATE_HEAD
 
 
 def outcome(rng: random.Random, accuracy: float, validation: float) -> Outcome:
@@ -39,7 +37,7 @@ def cells() -> list[Cell]:
 
 @pytest.fixture
 def best(cells: list[Cell]) -> dict[tuple[str, int], Cell]:
-    return {(row.key, n): results._best(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
+    return {(row.key, n): best_cell(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
 
 
 def test_the_rate_is_chosen_by_validation_not_by_test(best: dict[tuple[str, int], Cell]) -> None:
@@ -49,7 +47,7 @@ def test_the_rate_is_chosen_by_validation_not_by_test(best: dict[tuple[str, int]
 
 def test_scale_and_shift_and_weights_share_two_rates() -> None:
     assert set(RATES[SS]) == set(RATES[SS_HT])
-    assert len(set(RATES[SS]) & set(RATES[results.FT_ALL])) >= 2
+    assert len(set(RATES[SS]) & set(RATES[FT_ALL])) >= 2
 
 
 def test_markdown_holds_each_row_each_comparison_and_each_rate(
@@ -64,7 +62,7 @@ def test_markdown_holds_each_row_each_comparison_and_each_rate(
     assert "3 seeds × 50 test tasks" in text
     assert "1-shot: SS[Θ;θ] is better than update θ by" in text
     assert text.count("single seeds:") == len(results.COMPARED) * len(SHOTS)
-    for rate in results.ALL_RATES:
+    for rate in results.TRIED:
         assert f" {rate:g} |" in text
 
 
@@ -79,42 +77,7 @@ def test_summary_is_json_with_one_chosen_cell_a_row_and_shot(
     assert len(gain["seed_means"]) == 3
 
 
-def test_mean_curve_averages_seeds_and_narrows_the_interval(best: dict[tuple[str, int], Cell]) -> None:
-    first, *_ = results._mean_curve(best[FT_HEAD.key, 1])
-    assert first == pytest.approx([0, 0.6, 0.01 / 3**0.5])
-
-
 def test_pictures_are_drawn(cells: list[Cell], best: dict[tuple[str, int], Cell], tmp_path: Path) -> None:
-    draw_curves(tmp_path / "curves.png", {key: results._mean_curve(cell) for key, cell in best.items()})
+    draw_curves(tmp_path / "curves.png", {key: cell.mean_curve() for key, cell in best.items()})
     report.rate_sensitivity_figure(tmp_path / "rates.png", {"1-shot": results._rate_curves(cells)})
     assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "rates.png"}
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
-def test_workers_do_not_outlive_a_killed_command() -> None:
-    code = (
-        "import os, time\n"
-        "from mtl_fast.training.results import _pool\n"
-        "if __name__ == '__main__':\n"
-        "    with _pool(1) as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
-        "        pool.submit(time.sleep, 100).result()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as command:
-        assert command.stdout is not None
-        worker = int(command.stdout.readline())
-        os.kill(worker, 0)  # it lives
-        command.kill()
-    deadline = time.monotonic() + 20
-    while is_alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_alive(worker)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and that nobody has waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

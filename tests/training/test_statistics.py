@@ -12,6 +12,7 @@ from mtl_fast.training.statistics import (
     mean_interval,
     paired_difference,
     pooled_difference,
+    seeds_interval,
 )
 
 
@@ -128,3 +129,11 @@ def test_a_line_for_several_seeds() -> None:
 def test_wrong_input_is_named(call: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()  # type: ignore[operator]
+
+
+def test_an_interval_over_few_seeds_is_that_of_students_t() -> None:
+    # s/√n is 1/√3; t at 97.5 % with two degrees of freedom is 4.303.
+    assert seeds_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / 3**0.5))
+    assert seeds_interval([1.0]) == (1, math.inf)
+    many = [float(i % 2) for i in range(40)]
+    assert seeds_interval(many).half == pytest.approx(mean_interval(many).half * 2.262 / 1.96)

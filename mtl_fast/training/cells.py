@@ -1,0 +1,162 @@
+"""The cells of a comparison: rows, task shapes and rates over seeds, run by a pool of workers."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..config import GLYPHS_MAML, Config
+from .experiment import Experiment, Outcome
+from .rows import Row
+from .run import Interrupted
+from .statistics import Interval, mean_interval
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all cells of a comparison have in common.
+
+    Attributes:
+        config: settings of all rows; each seed takes its place in them.
+        output: folder of the runs, one a seed.
+        maml, maml_deep, n_drawn: as of `Experiment`.
+    """
+
+    config: Config
+    output: Path
+    maml: Config = GLYPHS_MAML
+    maml_deep: Config | None = None
+    n_drawn: int | None = None
+
+    def experiment(self, seed: int) -> Experiment:
+        """One seed's runs."""
+        return Experiment(
+            replace(self.config, seed=seed),
+            self.output / f"seed{seed}",
+            maml=self.maml,
+            maml_deep=self.maml_deep,
+            n_drawn=self.n_drawn,
+        )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One row at one task shape and rate, over some seeds; `n_tasks` of the test tasks, None: all."""
+
+    row: Row
+    n_shot: int
+    rate: float | None
+    seeds: tuple[int, ...]
+    n_tasks: int | None = None
+
+
+@dataclass
+class Cell:
+    """One method at one task shape and rate, over the seeds that are finished."""
+
+    row: Row
+    n_shot: int
+    rate: float | None
+    outcomes: list[Outcome] = field(default_factory=list)
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def validation(self) -> float:
+        """Mean over seeds of the best validation accuracy: what the rate is chosen by."""
+        return sum(outcome.validation for outcome in self.outcomes) / len(self.outcomes)
+
+    def accuracies(self) -> list[list[float]]:
+        """Each seed's accuracies of single test tasks."""
+        return [outcome.task_accuracy for outcome in self.outcomes]
+
+    def interval(self) -> Interval:
+        """Mean and 95 % interval over all seeds' tasks."""
+        return mean_interval(list(itertools.chain(*self.accuracies())))
+
+    def mean_curve(self) -> list[list[float]]:
+        """Validation curve averaged over seeds: tasks, mean, half-width of its 95 % interval."""
+        n = len(self.outcomes)
+        points = zip(*(outcome.curve for outcome in self.outcomes), strict=True)
+        return [
+            [same[0][0], sum(p[1] for p in same) / n, sum(p[2] ** 2 for p in same) ** 0.5 / n]
+            for same in points
+        ]
+
+
+def best_cell(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
+    """The row's cell with the best validation accuracy; the first of equal ones."""
+    return max((c for c in cells if c.row == row and c.n_shot == n_shot), key=lambda cell: cell.validation)
+
+
+def run_cells(pool: ProcessPoolExecutor, study: Study, wanted: Sequence[Wanted], what: str) -> list[Cell]:
+    """Makes, or reads where finished, every run of the cells, in their order; `what` stands at the bar."""
+    jobs = [(want, seed) for want in wanted for seed in want.seeds]
+    done = pool.map(_run, itertools.repeat(study), *zip(*jobs, strict=True)) if jobs else iter(())
+    outcomes = dict(zip(jobs, tqdm(done, desc=what, total=len(jobs), unit="run"), strict=True))
+    return [_cell(want, {seed: outcomes[want, seed] for seed in want.seeds}) for want in wanted]
+
+
+def finished_cells(study: Study, wanted: Sequence[Wanted]) -> list[Cell]:
+    """Of the cells what is finished; a cell without any finished seed is left out."""
+    experiments = {seed: study.experiment(seed) for want in wanted for seed in want.seeds}
+    cells = []
+    for want in wanted:
+        found = {
+            seed: experiments[seed].finished(want.row, want.n_shot, lr=want.rate, n_tasks=want.n_tasks)
+            for seed in want.seeds
+        }
+        there = {seed: outcome for seed, outcome in found.items() if outcome is not None}
+        if there:
+            cells.append(_cell(want, there))
+    return cells
+
+
+def _cell(want: Wanted, outcomes: dict[int, Outcome]) -> Cell:
+    return Cell(want.row, want.n_shot, want.rate, list(outcomes.values()), tuple(outcomes))
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each, so that the bits depend on no thread count; 0: a core each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers or os.cpu_count() or 1, mp_context=context, initializer=_quiet_worker
+    ) as pool:
+        try:
+            yield pool
+        except (Interrupted, KeyboardInterrupt):
+            pool.shutdown(cancel_futures=True)
+            raise Interrupted("stopped; what was made is kept, and the same command goes on") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _quiet_worker() -> None:
+    """One thread a run, the parent's bar as the only progress, and no life after the parent's."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the worker
+
+
+def _end_with_parent() -> None:
+    # Otherwise a killed command's workers would go on writing into folders that the next one uses.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run(study: Study, want: Wanted, seed: int) -> Outcome:
+    return study.experiment(seed).outcome(want.row, want.n_shot, lr=want.rate, n_tasks=want.n_tasks)

@@ -1,0 +1,162 @@
+"""The ablation from end to end on tiny splits: trained once, read afterwards, stopped and gone on with, published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_fast.config import Config
+from mtl_fast.data.store import ImageStore
+from mtl_fast.errors import InputError
+from mtl_fast.training import ablation as module
+from mtl_fast.training import experiment
+from mtl_fast.training.ablation import ablation
+from mtl_fast.training.meta_train import MetaTraining
+from mtl_fast.training.phase import Phase
+from tests.training import tiny
+
+CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=2)
+PRESETS = {"glyphs": CONFIG, "glyphs-maml": tiny.MAML}
+ROWS = ("update-all", "update-head", "ft-last", "ft-last-ht", "ss", "ss-ht", "maml", "maml-ht")
+
+
+class Here:
+    """A pool of this process alone."""
+
+    def map(self, function: Callable[..., Any], *columns: Any) -> Iterator[Any]:
+        return map(function, *columns)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str, split: str, size: int | None) -> ImageStore:
+        return tiny.split(split)
+
+    @contextmanager
+    def pool(workers: int) -> Iterator[Here]:
+        yield Here()
+
+    experiment.splits_of.cache_clear()
+    monkeypatch.setattr(experiment, "load_split", load)
+    monkeypatch.setattr(module, "worker_pool", pool)
+    monkeypatch.setattr(module, "preset", PRESETS.__getitem__)
+    monkeypatch.setattr(experiment, "INNER_GRID", ((0.01, 1), (0.3, 4)))
+    monkeypatch.setattr(experiment, "ALL_RATES", (0.01, 0.1))
+    monkeypatch.setattr(experiment, "ALL_STEPS", (1, 2))
+
+
+def run(folder: Path, **options: Any) -> dict[str, Any]:
+    """The published numbers."""
+    small: dict[str, Any] = {"shots": (1, 2), "seeds": (0, 1), "test_tasks": 6, "whole_network_tasks": 4}
+    ablation(folder / "runs", folder / "docs", recipe="glyphs", **({"rows": ROWS} | small | options))
+    found: dict[str, Any] = json.loads((folder / "docs" / "ablation.json").read_text())
+    return found
+
+
+def never(self: Phase) -> None:
+    pytest.fail("trained again")
+
+
+def test_what_is_finished_is_read_and_published_again_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(tmp_path)
+    assert [(row["row"], row["n_shot"]) for row in first["rows"]] == [
+        (key, n) for key in ROWS for n in ((1,) if key in ("update-all", "maml", "maml-ht") else (1, 2))
+    ]
+    for row in first["rows"]:
+        whole = row["row"] in ("update-all", "maml", "maml-ht")
+        assert (row["seeds"], row["n_tasks"]) == (([0], 4) if whole else ([0, 1], 6))
+        assert row["seconds"] > 0
+        assert row["test_seconds_per_task"] > 0
+    sizes = {row["row"]: (row["n_learned"], row["n_adapted"]) for row in first["rows"]}
+    n_total, n_head = first["rows"][0]["n_total"], 3 * 5
+    assert sizes["update-all"] == (0, n_total)
+    assert sizes["update-head"] == (0, n_head)
+    assert n_head < sizes["ft-last"][0] < n_total
+    assert n_head < sizes["ss"][0] < n_total
+    assert sizes["maml"][0] == sizes["maml"][1] == first["rows"][-1]["n_total"]
+    monkeypatch.setattr(Phase, "_update", never, raising=False)
+    monkeypatch.setattr(MetaTraining, "_update", never)
+    monkeypatch.setattr(experiment, "score", lambda *rest: pytest.fail("tested again"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
+    assert set(files) == {"ablation.md", "ablation.csv", "ablation.tex", "ablation.json", "convergence.png"}
+    run(tmp_path)
+    run(tmp_path, finished=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()} == files
+    capsys.readouterr()
+    run(tmp_path, plan=True)
+    assert "\n0 runs to make, about 0.0 hours" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"rows": ("ss",), "shots": (1,), "seeds": (0,)}
+    whole = run(tmp_path / "whole", **options)
+    original, updates = MetaTraining._update, []
+
+    def stopped(self: MetaTraining) -> None:
+        if self.update == 2:
+            raise KeyboardInterrupt
+        original(self)
+
+    def counted(self: MetaTraining) -> None:
+        updates.append(self.update)
+        original(self)
+
+    monkeypatch.setattr(MetaTraining, "_update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", **options)
+    part = run(tmp_path / "parts", finished=True, **options)
+    assert part["rows"] == []
+    assert "Not finished: SS[Θ;θ] 1-shot (seed 0)." in (tmp_path / "parts/docs/ablation.md").read_text(
+        "utf-8"
+    )
+    monkeypatch.setattr(MetaTraining, "_update", counted)
+    both = run(tmp_path / "parts", **options)
+    assert updates == [2]  # of updates 0, 1 and 2
+    times = {"seconds": None, "test_seconds_per_task": None}
+    assert [row | times for row in both["rows"]] == [row | times for row in whole["rows"]]
+
+
+def test_a_finished_test_of_other_tasks_is_made_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rows": ("update-head",), "shots": (1,), "seeds": (0,)}
+    assert run(tmp_path, **options)["rows"][0]["n_tasks"] == 6
+    assert run(tmp_path, **options, test_tasks=8)["rows"][0]["n_tasks"] == 8
+    assert run(tmp_path, **options, finished=True)["rows"] == []
+
+
+def test_data_and_recipes_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {name: replace(tiny.CONFIG, seed=i) for i, name in enumerate(("paper", "maml", "maml-deep"))}
+    monkeypatch.setattr(module, "preset", recipes.__getitem__)
+    data = replace(CONFIG.data, source="mine")
+    study = module._study("paper", data, tmp_path, 50, "cpu")
+    assert study.config == replace(recipes["paper"], data=data, device="cpu")
+    assert (study.maml, study.maml_deep) == (recipes["maml"], recipes["maml-deep"])
+    one = study.experiment(3)
+    assert (one.config.seed, one.n_drawn, one.output) == (3, 50, tmp_path / "seed3")
+    assert isinstance(one.config, Config)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"rows": ("sss",)}, "--rows: 'sss' is unknown; choose of: update-all, update-head, ft-head"),
+        ({"rows": ("ss-ht",)}, "--rows: ss-ht takes the rate of ss; name that too"),
+        ({"shots": ()}, "--shots and --seeds need at least one number each"),
+        ({"seeds": ()}, "--shots and --seeds need at least one number each"),
+        ({"test_tasks": 3}, "--whole-network-tasks is 4; it must be at least 2 and at most --test-tasks, 3"),
+        ({"rates": "nowhere.json"}, "nowhere.json: holds no rates"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path: Path, options: dict[str, Any], line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        run(tmp_path, **options)
+    assert not (tmp_path / "runs").exists()
