@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..config import Config, preset
 from ..engine.scores import Evaluation
@@ -15,6 +16,7 @@ from . import report
 from .checkpoint import provenance
 from .evaluate import Score, save_score
 from .experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
+from .hard_classes import PICTURE, hard_classes_figure, read_hard_classes
 from .logging import duration
 from .run import check_settings, make_folder, read_settings, write_text
 from .statistics import paired_difference
@@ -32,7 +34,7 @@ def demo(
     """Pre-trains, meta-trains plain and with hard tasks, tests each row, writes the report; returns the table.
 
     Args:
-        output: folder of report.md, curves.png, episode.png, config.json and one run folder a phase.
+        output: folder of report.md, curves.png, episode.png, hard_classes.png, config.json and one run folder a phase.
         quick: the recipe `glyphs-quick`, which shows in 40 seconds that everything works.
         seed: of everything random.
         device: as in `Config`.
@@ -56,6 +58,7 @@ def demo(
     scores: dict[tuple[str, int], Score] = {}
     curves: dict[tuple[str, int], list[list[float]]] = {}
     shown: tuple[Evaluation, Episodes] | None = None
+    failures: list[dict[str, Any]] = []
     pretrained = experiment.pretrain()
     for n_shot in SHOTS:
         for row in ROWS:
@@ -65,10 +68,13 @@ def demo(
             scores[row.key, n_shot], curves[row.key, n_shot] = result, model.meta["curve"]
             save_score(output / "test" / f"{row.key}-{n_shot}shot", result, row.label)
             if row is SS_HT and n_shot == 1:
-                shown = evaluation, episodes
+                shown, failures = (evaluation, episodes), read_hard_classes(model.path.parent)
     assert shown is not None
     draw_curves(output / "curves.png", curves)
     draw_episode(output / "episode.png", experiment, *shown)
+    hard_classes_figure(
+        output / PICTURE, failures, title=f"{SS_HT.label}, 1-shot: classes that hard tasks were made of"
+    )
     text = comparison(scores)
     seconds = time.monotonic() - start
     write_text(output / "report.md", _report(config, scores, text, quick, seconds))
@@ -151,6 +157,8 @@ on the validation split ({chosen}).
 ![validation accuracy against tasks seen](curves.png)
 
 ![a test episode and its predictions](episode.png)
+
+![which classes were hardest over time](hard_classes.png)
 
 Made in {duration(seconds)} by mtl_fast {facts["mtl_fast"]} ({facts["source_commit"]}), torch {facts["torch"]},
 {facts["platform"]}, {facts["cpu_capability"]}, {facts["threads"]} threads. Settings: [config.json](config.json).

@@ -28,7 +28,8 @@ _RECIPES: dict[str, Config] = {
         meta=_META,
     ),
 }
-_IMAGE_SIZES = {"resnet25": 80, "resnet12": 84}
+# The sides of images, and of their central square where that is all that the network sees.
+_SIZES = {("pytorch", "resnet25"): (92, 80), ("libfewshot", "resnet25"): (80, None)}
 _PRETRAINING = ("pre_fc.", "classifier.")
 
 
@@ -63,6 +64,7 @@ def import_state_dict(paths: Sequence[Path], source: Source | None = None) -> Im
     name, widths, layers = _network(ledger, prefix)
     config = _RECIPES[source]
     has_phi = f"{layers[0].conv}.mtl_weight" in ledger
+    side, centre = _SIZES.get((source, name), (84, None))
     config = replace(
         config,
         encoder=EncoderConfig(
@@ -71,7 +73,7 @@ def import_state_dict(paths: Sequence[Path], source: Source | None = None) -> Im
             shortcut_scale_shift=has_phi,
             dropout=0.0 if name == "resnet25" else 0.1,
         ),
-        data=replace(config.data, image_size=_IMAGE_SIZES[name]),
+        data=replace(config.data, image_size=side, centre_crop=centre),
         meta=replace(
             config.meta,
             learn="scale_shift" if has_phi else "head",
