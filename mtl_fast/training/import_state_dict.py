@@ -10,22 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import Config, DataConfig, EncoderConfig, InnerConfig, MetaConfig
+from ..config import Config, DataConfig, EncoderConfig, preset
 from ..errors import InputError
 from .foreign_files import read_pth, state_of
 from .ledger import Entry, Imported, Ledger, Source
 
 # How these programs bring images into their networks and fit their heads; the size is that of the network's pooling.
-_META = MetaConfig(norm="running", lr=1e-4, tasks_per_update=1, train_affine=True)
-_INNER = InnerConfig(lr=0.01, train_steps=100, test_steps=100, order="first")
 _RECIPES: dict[str, Config] = {
-    "pytorch": Config(inner=_INNER, meta=_META),
-    "libfewshot": Config(
+    "pytorch": preset("pytorch"),
+    "libfewshot": replace(
+        preset("pytorch"),
         data=DataConfig(
             mean=(120.39586422, 115.59361427, 104.54012653), std=(70.68188272, 68.27635443, 72.54505529)
         ),
-        inner=_INNER,
-        meta=_META,
     ),
 }
 # The sides of images, and of their central square where that is all that the network sees.
