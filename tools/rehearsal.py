@@ -62,7 +62,7 @@ def settings(name: str, data: Path, *, quick: bool) -> Any:
     config = preset(name, "miniimagenet")
     config = replace(config, data=replace(config.data, source=str(data)), device="cpu")
     if quick:
-        config = replace(config, encoder=replace(config.encoder, widths=(4,) * len(config.encoder.widths)))
+        config = replace(config, encoder=replace(config.encoder, widths=(16,) * len(config.encoder.widths)))
     return config
 
 
