@@ -173,7 +173,12 @@ def check_settings(path: Path, saved: dict[str, Any], config: Config) -> None:
     Raises:
         InputError: they differ, in more than the device: where a run runs is no part of what it computes.
     """
-    there = dataclasses.replace(Config.from_dict(saved), device=config.device)
+    try:
+        there = dataclasses.replace(Config.from_dict(saved), device=config.device)
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: holds settings that this version does not know ({error}); give another --output"
+        ) from None
     difference = checkpoint.first_difference(dataclasses.asdict(there), dataclasses.asdict(config))
     if difference:
         raise InputError(
