@@ -221,14 +221,12 @@ class HardTaskPool:
     def _members(self) -> Tensor:
         """bool [n_classes]: which classes hard tasks are made of."""
         n_classes, n_failed = self._sampler.n_classes, len(self._failed)
-        counts = torch.zeros(n_classes, dtype=torch.float64, device=self._failed.device)
+        counts = torch.zeros(n_classes, dtype=torch.float64, device=self._sampler.device)
         counts.index_add_(0, self._failed, torch.ones_like(self._failed, dtype=torch.float64))
         if self.size is None or self.size >= n_classes:
             return counts > 0
         # Of equally many failures the latest: a share of one for its place.
-        place = torch.arange(1, n_failed + 1, dtype=torch.float64, device=self._failed.device) / (
-            n_failed + 1
-        )
+        place = torch.arange(1, n_failed + 1, dtype=torch.float64, device=counts.device) / (n_failed + 1)
         rank = counts + torch.zeros_like(counts).scatter_reduce_(0, self._failed, place, "amax")
         return (rank > 0) & (rank >= rank.topk(self.size).values[-1])
 

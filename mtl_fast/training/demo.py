@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..config import Config, preset
 from ..engine.scores import Evaluation
@@ -16,7 +15,7 @@ from . import report
 from .checkpoint import provenance
 from .evaluate import Score, save_score
 from .experiment import FT_HEAD, SS, SS_HT, UPDATE_HEAD, Experiment
-from .hard_classes import PICTURE, hard_classes_figure, read_hard_classes
+from .hard_classes import PICTURE, draw_hard_classes
 from .logging import duration
 from .run import check_settings, make_folder, read_settings, write_text
 from .statistics import paired_difference
@@ -58,7 +57,6 @@ def demo(
     scores: dict[tuple[str, int], Score] = {}
     curves: dict[tuple[str, int], list[list[float]]] = {}
     shown: tuple[Evaluation, Episodes] | None = None
-    failures: list[dict[str, Any]] = []
     pretrained = experiment.pretrain()
     for n_shot in SHOTS:
         for row in ROWS:
@@ -68,13 +66,12 @@ def demo(
             scores[row.key, n_shot], curves[row.key, n_shot] = result, model.meta["curve"]
             save_score(output / "test" / f"{row.key}-{n_shot}shot", result, row.label)
             if row is SS_HT and n_shot == 1:
-                shown, failures = (evaluation, episodes), read_hard_classes(model.path.parent)
+                shown = evaluation, episodes
+                title = f"{row.label}, 1-shot: classes that hard tasks were made of"
+                draw_hard_classes(model.path.parent, output / PICTURE, title=title)
     assert shown is not None
     draw_curves(output / "curves.png", curves)
     draw_episode(output / "episode.png", experiment, *shown)
-    hard_classes_figure(
-        output / PICTURE, failures, title=f"{SS_HT.label}, 1-shot: classes that hard tasks were made of"
-    )
     text = comparison(scores)
     seconds = time.monotonic() - start
     write_text(output / "report.md", _report(config, scores, text, quick, seconds))

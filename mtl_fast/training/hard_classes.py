@@ -95,6 +95,13 @@ def read_hard_classes(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / LINES).read_text(encoding="utf-8").splitlines()]
 
 
+def draw_hard_classes(run: Path, path: Path, *, title: str) -> None:
+    """The picture of a run's folder; none where no class joined, or where the run was made before this was counted."""
+    rows = read_hard_classes(run) if (run / LINES).exists() else []
+    if any(row["joined"] for row in rows):
+        hard_classes_figure(path, rows, title=title)
+
+
 def hard_classes_figure(path: str | Path, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
     """The hardest classes, a row each: when they joined the pool (a heat map) and how often in all (bars).
 

@@ -24,7 +24,7 @@ from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
 from ..nn import LinearHead
 from . import checkpoint
-from .hard_classes import PICTURE, HardClasses, hard_classes_figure, read_hard_classes
+from .hard_classes import PICTURE, HardClasses, draw_hard_classes
 from .logging import RunLog
 from .meta_checks import check_normalisation, check_random_start, check_rounds, check_statistics
 from .meta_update import adam, guarded_step, set_rates
@@ -336,11 +336,8 @@ class MetaTraining(Phase):
         log.row(self.update, **row)
 
     def _finish(self) -> None:
-        rows = [] if self.pool is None else read_hard_classes(self.folder.path)
-        if any(row["joined"] for row in rows):
-            hard_classes_figure(
-                self.folder.path / PICTURE, rows, title="Classes that hard tasks were made of"
-            )
+        folder = self.folder.path
+        draw_hard_classes(folder, folder / PICTURE, title="Classes that hard tasks were made of")
 
     def _best_weights(self) -> dict[str, Tensor]:
         return weights_of(self.encoder, self.head)

@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mtl_fast.training.checkpoint import load
-from mtl_fast.training.hard_classes import HardClasses, hard_classes_figure, read_hard_classes
+from mtl_fast.training import checkpoint
+from mtl_fast.training.hard_classes import (
+    HardClasses,
+    draw_hard_classes,
+    hard_classes_figure,
+    read_hard_classes,
+)
 from mtl_fast.training.run import Interrupted
 from tests.read_back import NothingReadBack
 from tests.training import tiny
@@ -149,9 +154,7 @@ def test_a_run_that_began_before_this_was_counted_goes_on(pretrained: Path, tmp_
     at_update(run, 5, ctrl_c)
     with pytest.raises(Interrupted):
         run.run()
-    from mtl_fast.training import checkpoint
-
-    tensors, meta = load(tmp_path / "checkpoint.safetensors")
+    tensors, meta = checkpoint.load(tmp_path / "checkpoint.safetensors")
     old = {name: tensor for name, tensor in tensors.items() if not name.startswith("hard_classes.")}
     assert len(old) == len(tensors) - 3
     for name in ("hard_classes_per_task", "hard_pool_size"):
@@ -192,6 +195,16 @@ def test_a_changed_number_changes_the_picture(tmp_path: Path) -> None:
     hard_classes_figure(tmp_path / "a.png", rows(5, 3), title="classes")
     hard_classes_figure(tmp_path / "b.png", changed, title="classes")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_a_run_that_counted_nothing_has_no_picture(tmp_path: Path) -> None:
+    draw_hard_classes(tmp_path, tmp_path / "a.png", title="")
+    HardClasses(NAMES, torch.device("cpu"), 6).save(tmp_path, 0)
+    draw_hard_classes(tmp_path, tmp_path / "a.png", title="")
+    assert not (tmp_path / "a.png").exists()
+    a_record().save(tmp_path, 14)
+    draw_hard_classes(tmp_path, tmp_path / "a.png", title="")
+    assert (tmp_path / "a.png").exists()
 
 
 def test_names_that_the_font_lacks_or_that_are_too_long_do_no_harm(tmp_path: Path) -> None:
