@@ -107,7 +107,7 @@ class FewShotClassifier:
         own: dict[str, Any] = {
             "preprocess": preprocess_of(config),
             "image_size": model.image_size,
-            "inner_lr": config.inner.lr,
+            "inner_lr": config.inner.lr_at_test,
             "inner_steps": config.inner.test_steps,
         }
         return cls(model.encoder, model.head, **(own | options))

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import tyro
 
-from .cli_tools import Build, Data, Doctor, Export, Import, Predict
+from .cli_tools import Build, Data, Doctor, Export, Import, Predict, Presets
 from .config import (
-    PRESETS,
+    RECIPES,
     Config,
     DataConfig,
     EncoderConfig,
     EpisodeConfig,
-    EvaluationConfig,
+    EvaluationChanges,
     InnerConfig,
     MetaConfig,
     PretrainConfig,
@@ -129,7 +129,7 @@ class _Run:
     output: Path
     """Folder of this run."""
     preset: str = "paper"
-    """Recipe that gives every setting its default."""
+    """Recipe that gives every setting its default; `mtl-fast presets` shows them."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -155,7 +155,7 @@ class _Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(_Run):
-    """Pre-train an encoder on all training classes; the best epoch by 1-shot validation episodes is kept."""
+    """Pre-train an encoder on all training classes; the best epoch by 1-shot validation episodes is kept, or the last."""
 
     encoder: EncoderConfig
     pretrain: PretrainConfig
@@ -240,7 +240,7 @@ class Evaluate:
     """Where heads start: as meta-learned, where they were, or from zeros, for any number of classes."""
     by_step: bool = False
     """Accuracy after each step of the inner loop too; with an output also as CSV and picture."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationChanges = field(default_factory=EvaluationChanges)
     seed: int = 0
     """Seed of the test tasks."""
     device: str = "auto"
@@ -283,6 +283,7 @@ def commands(config: Config) -> dict[str, Any]:
         "predict": Predict(tyro.MISSING),
         "import": Import(tyro.MISSING, tyro.MISSING),
         "export": Export(tyro.MISSING, tyro.MISSING, tyro.MISSING),
+        "presets": Presets(),
         "data": Data(tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "ablation": Ablation(data=config.data),
@@ -313,7 +314,7 @@ def parse(arguments: Sequence[str]) -> Any:
     kind = tyro.extras.subcommand_type_from_defaults(defaults, {k: v.__doc__ for k, v in defaults.items()})
     description = (
         "Meta-transfer learning for few-shot classification. Start with: mtl-fast demo. "
-        f"Recipes for --preset: {', '.join(PRESETS)}."
+        f"Recipes for --preset: {', '.join(RECIPES)}, glyphs; mtl-fast presets shows them."
     )
     return tyro.cli(
         kind,

@@ -114,6 +114,21 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Presets:
+    """The recipes for --preset: what each sets otherwise than `paper`, and what a data set of the paper changes."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Recipes to show, such as tensorflow or tensorflow-fc100; by default all."""
+    json: bool = False
+    """All settings and the differences as JSON."""
+
+    def run(self) -> None:
+        from .recipe_table import recipes_as_json, recipes_as_text
+
+        print((recipes_as_json if self.json else recipes_as_text)(self.names))
+
+
+@dataclass(frozen=True)
 class Import:
     """Make a model file of weights from elsewhere: MTL's TensorFlow .npy or PyTorch .pth, or LibFewShot's .pth."""
 

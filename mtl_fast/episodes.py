@@ -176,23 +176,38 @@ class HardTaskPool:
 
     `add` takes the class of lowest accuracy of each task, ties broken at random; `sample` draws tasks whose
     classes come from the pool, its distinct classes equally likely; `clear` empties it. A pool of fewer than
-    n_way classes is filled with random other classes, with new images. Source: arXiv 1812.02391, section 4.
+    n_way classes is filled with random other classes, with new images. Source: arXiv 1812.02391, section 4;
+    `per_task` and `size` are ours.
 
     Args:
         sampler: draws the random tasks; its store and task shape are the pool's. Its stream is left alone.
         mode: ``resample`` takes new images of the failed classes; ``reuse`` the very images of the task that
             failed on the class, of one such task at random where there are several, split anew.
         generator: the CPU generator of ties and hard tasks, another than the sampler's.
+        per_task: how many classes of a task join, those of lowest accuracy.
+        size: most classes that hard tasks are made of: those that failed most often since the pool was last empty,
+            and of equally many failures the latest; None: all that failed.
     """
 
     def __init__(
-        self, sampler: EpisodeSampler, mode: Literal["resample", "reuse"], generator: torch.Generator
+        self,
+        sampler: EpisodeSampler,
+        mode: Literal["resample", "reuse"],
+        generator: torch.Generator,
+        *,
+        per_task: int = 1,
+        size: int | None = None,
     ) -> None:
         if mode not in ("resample", "reuse"):
             raise InputError(f"hard-task mode {mode!r} is unknown; choose resample or reuse")
         if generator is sampler._generator:
             raise ValueError("generator: hard tasks need a generator of their own, not the sampler's")
+        if not 1 <= per_task <= sampler.n_way:
+            raise InputError(f"hard classes per task: {per_task} is outside 1..{sampler.n_way} (n_way)")
+        if size is not None and size < 1:
+            raise InputError(f"hard pool size: {size} is too small; it must be at least 1")
         self.mode = mode
+        self.per_task, self.size = per_task, size
         self._sampler = sampler
         self._generator = generator
         self._n_images = sampler.n_shot + sampler.n_query
@@ -200,21 +215,37 @@ class HardTaskPool:
 
     @property
     def classes(self) -> Tensor:
-        """int64, the distinct labels in the pool, ascending. Reads the device: for logs and tests."""
-        return self._failed.unique()
+        """int64, the distinct labels that hard tasks are made of, ascending. Reads the device: for logs and tests."""
+        return self._members().nonzero()[:, 0]
+
+    def _members(self) -> Tensor:
+        """bool [n_classes]: which classes hard tasks are made of."""
+        n_classes, n_failed = self._sampler.n_classes, len(self._failed)
+        counts = torch.zeros(n_classes, dtype=torch.float64, device=self._sampler.device)
+        counts.index_add_(0, self._failed, torch.ones_like(self._failed, dtype=torch.float64))
+        if self.size is None or self.size >= n_classes:
+            return counts > 0
+        # Of equally many failures the latest: a share of one for its place.
+        place = torch.arange(1, n_failed + 1, dtype=torch.float64, device=counts.device) / (n_failed + 1)
+        rank = counts + torch.zeros_like(counts).scatter_reduce_(0, self._failed, place, "amax")
+        return (rank > 0) & (rank >= rank.topk(self.size).values[-1])
 
     def clear(self) -> None:
         """Empties the pool."""
         device = self._sampler.device
         self._failed = torch.empty(
             0, dtype=torch.int64, device=device
-        )  # [K], the failed class of each task added
+        )  # [K], the failed classes of each task added
         self._rows = torch.empty(
             0, self._n_images, dtype=torch.int64, device=device
         )  # and its images in that task
 
-    def add(self, episodes: Episodes, class_accuracy: Tensor) -> None:
-        """The class of lowest accuracy of each task joins; `class_accuracy` is [T, n_way], as `classes`."""
+    def add(self, episodes: Episodes, class_accuracy: Tensor) -> Tensor:
+        """The `per_task` classes of lowest accuracy of each task join; `class_accuracy` is [T, n_way], as `classes`.
+
+        Returns:
+            int64 [T · per_task], their labels, task after task, the lowest first.
+        """
         sampler = self._sampler
         shape = (episodes.n_way, episodes.n_shot, episodes.n_query)
         if shape != (sampler.n_way, sampler.n_shot, sampler.n_query):
@@ -225,12 +256,15 @@ class HardTaskPool:
             raise ValueError(f"class_accuracy: expected [T, n_way], got {shapes}")
         episodes, accuracy = episodes.to(sampler.device), moved(class_accuracy, sampler.device)
         keys = _keys(self._generator, episodes.n_tasks, sampler.n_way, sampler.device)
-        lowest = accuracy == accuracy.amin(dim=1, keepdim=True)
-        column = keys.where(lowest, -1.0).argmax(dim=1, keepdim=True)
-        failed = episodes.classes.gather(1, column)[:, 0]
-        rows = episodes.rows().take_along_dim(column[:, :, None], dim=1)[:, 0]
+        # In a random order first: sorting by accuracy then leaves equal ones in it.
+        shuffled = keys.argsort(dim=1, descending=True)
+        ranked = accuracy.gather(1, shuffled).argsort(dim=1, stable=True)
+        column = shuffled.gather(1, ranked)[:, : self.per_task]
+        failed = episodes.classes.gather(1, column).flatten()
+        rows = episodes.rows().take_along_dim(column[:, :, None], dim=1).flatten(0, 1)
         self._failed = torch.cat([self._failed, failed])
         self._rows = torch.cat([self._rows, rows])
+        return failed
 
     def sample(self, n_tasks: int) -> Episodes:
         """`n_tasks` hard tasks; the pool stays as it is. From an empty pool the tasks are random ones."""
@@ -241,8 +275,7 @@ class HardTaskPool:
         keys = _keys(self._generator, n_tasks, sum(widths), sampler.device)
         class_keys, order_keys, image_keys, *reuse_keys = keys.split(widths, dim=1)
 
-        member = torch.zeros(sampler.n_classes, dtype=torch.bool, device=sampler.device)
-        member = member.index_fill(0, self._failed, True)
+        member = self._members()
         # Members first, whatever their keys; then shuffled: a class's column decides its row of the head.
         classes = (class_keys + member).topk(n_way, dim=1).indices
         classes = classes.gather(1, order_keys.argsort(dim=1))

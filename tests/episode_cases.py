@@ -26,8 +26,9 @@ def make_sampler(store=None, seed=0, shape=(N_WAY, N_SHOT, N_QUERY), device=None
     return EpisodeSampler(store or make_store(), *shape, RandomStreams(seed).stream("tasks"), device)
 
 
-def make_pool(mode="resample", seed=0, sampler=None) -> HardTaskPool:
-    return HardTaskPool(sampler or make_sampler(seed=seed), mode, RandomStreams(seed).stream("hard_tasks"))
+def make_pool(mode="resample", seed=0, sampler=None, **options) -> HardTaskPool:
+    stream = RandomStreams(seed).stream("hard_tasks")
+    return HardTaskPool(sampler or make_sampler(seed=seed), mode, stream, **options)
 
 
 def fail(pool: HardTaskPool, sampler: EpisodeSampler, classes) -> Episodes:

@@ -275,7 +275,7 @@ def test_what_cannot_be_tested_is_named(runs: Path, tmp_path: Path, refuses: Ref
     refuses(evaluate("--data=" + str(tmp_path / "nowhere")), "nowhere: no such folder")
     refuses(evaluate("--evaluation.n-tasks=1"), "evaluation.n_tasks is 1", "at least 2")
     refuses(evaluate("--n-shot=0"), "n_shot is 0")
-    refuses(evaluate("--inner-lr=-1"), "inner.lr is -1.0")
+    refuses(evaluate("--inner-lr=-1"), "inner.test_lr is -1.0")
     refuses(evaluate("--device=gpu"), "device 'gpu' is unknown", "cpu")
     refuses(evaluate("--shard=3/2", "--output", str(tmp_path / "shards")), "--shard 3/2: expected I/N")
     refuses(["evaluate"], "give either --checkpoint", "--embeddings")

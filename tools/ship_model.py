@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mtl_fast.config import EvaluationConfig, preset
 from mtl_fast.training.evaluate import Score, drawn_episodes, score
-from mtl_fast.training.experiment import SS_HT, Experiment
+from mtl_fast.training.experiment import Experiment
 from mtl_fast.training.models import SHIPPED, Model, load_model, save_model, weights_of
+from mtl_fast.training.rows import SS_HT
 from mtl_fast.training.statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,6 +20,7 @@ class Preprocess:
 
     Attributes:
         mean, std: per channel, of 255.
+        size: height and width of the central square that is taken; None takes whole images.
 
     Raises:
         ValueError: not three finite numbers each, or a deviation that is not positive.
@@ -27,6 +28,7 @@ class Preprocess:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    size: int | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -42,10 +44,14 @@ class Preprocess:
         dtype: torch.dtype = torch.float32,
         mirrored: Tensor | None = None,
     ) -> Tensor:
-        """Rows [B] of the store → [B, 3, H, W] on their device, those of `mirrored` (bool [B]) left to right."""
+        """Rows [B] of the store → [B, 3, H, W] on their device, those of `mirrored` (bool [B]) left to right.
+
+        H and W are `size`, or those of the images.
+        """
         source, rows = gathered(store, rows)
         mean, std = (filled(values, source.device) for values in (self.mean, self.std))
-        return images(source, rows, mean=mean, std=std, flip=mirrored, dtype=dtype)
+        size = None if self.size is None else (self.size, self.size)
+        return images(source, rows, mean=mean, std=std, size=size, flip=mirrored, dtype=dtype)
 
 
 def filled(values: Sequence[float], device: torch.device) -> Tensor:

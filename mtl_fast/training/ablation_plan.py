@@ -124,7 +124,7 @@ class Costs:
             return seconds * n_tasks / few
         # Each image is embedded once, whatever the number of tasks.
         shape, stores = model.config.episodes, self._experiment.stores
-        per_task = shape.n_way * (n_shot + shape.n_query)
+        per_task = shape.n_way * (n_shot + shape.n_query_at_test)
         embedded = min(n_tasks * per_task, stores[split].n_images)
         return seconds * embedded / min(few * per_task, stores["test"].n_images)
 

@@ -28,8 +28,9 @@ def augmented(
     Args:
         store: the images.
         rows: int64 [B].
-        preprocess: mean and standard deviation, of 255.
-        config: `crop`, `flip` and `jitter`.
+        preprocess: mean and standard deviation, of 255, and the size of the input. A shift moves the central square of
+            that size; a resized crop is brought to `config.crop_size`, whose centre is then taken.
+        config: `crop`, `crop_size`, `flip` and `jitter`.
         generator: the augmentation stream, on the CPU; it draws the same numbers whatever the device.
         share: the part of the batch to return; the numbers are drawn for all of it.
     """
@@ -37,43 +38,59 @@ def augmented(
     source, rows = gathered(store, rows[share])
     device = source.device
     height, width = source.shape[1:3]
+    size = (height, width) if preprocess.size is None else (preprocess.size, preprocess.size)
     flip = moved(torch.rand(n, generator=generator).lt(0.5)[share], device) if config.flip else None
     plain = config.jitter == 0 and config.crop != "resized"
     mean, std = (preprocess.mean, preprocess.std) if plain else ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
     crop, padding = None, 0
     if config.crop == "shift":
         padding = height // 8
-        crop = moved(torch.randint(2 * padding + 1, (n, 2), generator=generator)[share], device)
+        shift = torch.randint(2 * padding + 1, (n, 2), generator=generator)[share]
+        crop = moved(shift + torch.tensor([(height - size[0]) // 2, (width - size[1]) // 2]), device)
     x = images(
         source,
         rows,
         mean=filled(mean, device),
         std=filled(std, device),
         crop=crop,
-        size=(height, width),
+        # A resized crop is a part of the whole image.
+        size=(height, width) if config.crop == "resized" else size,
         padding=padding,
         flip=flip,
     )
     if plain:
         return x
     if config.crop == "resized":
-        x = resized_crop(x, torch.rand(n, 4, generator=generator)[share])
+        side = config.crop_size
+        x = resized_crop(
+            x,
+            torch.rand(n, 4, generator=generator)[share],
+            size if side is None else (side, side),
+        )
+        x = centre(x, size)
     if config.jitter:
         x = colour_jitter(x, config.jitter, torch.rand(3, n, generator=generator)[:, share])
-    centre, spread = (
+    middle, spread = (
         filled(values, device).view(3, 1, 1) / 255 for values in (preprocess.mean, preprocess.std)
     )
-    return ((x - centre) / spread).contiguous(memory_format=torch.channels_last)
+    return ((x - middle) / spread).contiguous(memory_format=torch.channels_last)
 
 
-def resized_crop(x: Tensor, u: Tensor) -> Tensor:
-    """A random box of 8 to 100 % of the area and 3/4 to 4/3 of the aspect, brought back to the full size.
+def centre(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, H, W] → the central [B, C, *size]; an odd remainder is rounded down, as `images` does."""
+    top, left = ((have - want) // 2 for have, want in zip(x.shape[2:], size, strict=True))
+    return x[:, :, top : top + size[0], left : left + size[1]]
 
-    [B, C, H, W] → the same shape, sampled bilinearly. A box that would not fit is cut to the image.
+
+def resized_crop(x: Tensor, u: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """A random box of 8 to 100 % of the area and 3/4 to 4/3 of the aspect, brought to one size.
+
+    [B, C, H, W] → [B, C, *size], sampled bilinearly. A box that would not fit is cut to the image.
 
     Args:
         x: images.
         u: [B, 4] uniform in [0, 1), on the CPU: area, aspect and place.
+        size: (height, width); None: those of the images.
     """
     area = 0.08 + 0.92 * u[:, 0]
     aspect = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
@@ -82,7 +99,8 @@ def resized_crop(x: Tensor, u: Tensor) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = wide, high
     # Centres in [−1, 1] such that the box stays inside.
     theta[:, 0, 2], theta[:, 1, 2] = (2 * u[:, 2] - 1) * (1 - wide), (2 * u[:, 3] - 1) * (1 - high)
-    grid = F.affine_grid(moved(theta, x.device).to(x.dtype), list(x.shape), align_corners=False)
+    shape = [*x.shape[:2], *(x.shape[2:] if size is None else size)]
+    grid = F.affine_grid(moved(theta, x.device).to(x.dtype), shape, align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

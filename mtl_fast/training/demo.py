@@ -16,6 +16,7 @@ from .checkpoint import provenance
 from .evaluate import Score, save_score
 from .experiment import Experiment
 from .folder_lock import FolderLock
+from .hard_classes import PICTURE, draw_hard_classes
 from .logging import duration
 from .rows import FT_HEAD, SS, SS_HT, UPDATE_HEAD
 from .run import check_settings, make_folder, read_settings, write_text
@@ -34,7 +35,7 @@ def demo(
     """Pre-trains, meta-trains plain and with hard tasks, tests each row, writes the report; returns the table.
 
     Args:
-        output: folder of report.md, curves.png, episode.png, config.json and one run folder a phase.
+        output: folder of report.md, curves.png, episode.png, hard_classes.png, config.json and one run folder a phase.
         quick: the recipe `glyphs-quick`, which shows in 40 seconds that everything works.
         seed: of everything random.
         device: as in `Config`.
@@ -75,6 +76,8 @@ def _demo(experiment: Experiment, output: Path, *, quick: bool) -> str:
             save_score(output / "test" / f"{row.key}-{n_shot}shot", result, row.label)
             if row is SS_HT and n_shot == 1:
                 shown = evaluation, episodes
+                title = f"{row.label}, 1-shot: classes that hard tasks were made of"
+                draw_hard_classes(model.path.parent, output / PICTURE, title=title)
     assert shown is not None
     draw_curves(output / "curves.png", curves)
     draw_episode(output / "episode.png", experiment, *shown)
@@ -160,6 +163,8 @@ on the validation split ({chosen}).
 ![validation accuracy against tasks seen](curves.png)
 
 ![a test episode and its predictions](episode.png)
+
+![which classes were hardest over time](hard_classes.png)
 
 Made in {duration(seconds)} by mtl_fast {facts["mtl_fast"]} ({facts["source_commit"]}), torch {facts["torch"]},
 {facts["platform"]}, {facts["cpu_capability"]}, {facts["threads"]} threads. Settings: [config.json](config.json).

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, EvaluationConfig
+from ..config import Config, EvaluationChanges, EvaluationConfig
 from ..data.store import ClassIndex, ImageStore
 from ..engine.evaluate import Adapt, evaluate
 from ..engine.ranks import ALONE, Ranks
@@ -80,9 +80,8 @@ class Score:
 def drawn_episodes(config: Config, store: ClassIndex) -> Episodes:
     """The tasks of a test: the same for every model under one seed and task shape."""
     shape, stream = config.episodes, RandomStreams(config.seed).stream("evaluation")
-    return EpisodeSampler(store, shape.n_way, shape.n_shot, shape.n_query, stream).sample(
-        config.evaluation.n_tasks
-    )
+    sampler = EpisodeSampler(store, shape.n_way, shape.n_shot, shape.n_query_at_test, stream)
+    return sampler.sample(config.evaluation.n_tasks)
 
 
 def score(
@@ -96,7 +95,7 @@ def score(
         store,
         episodes,
         preprocess_of(config),
-        inner_lr=config.inner.lr,
+        inner_lr=config.inner.lr_at_test,
         inner_steps=config.inner.test_steps,
         norm=model.norm,
         adapt=config.inner.adapt,
@@ -119,7 +118,7 @@ def evaluate_model(
     adapt: Adapt | None = None,
     head: HeadStart = "learned",
     by_step: bool = False,
-    evaluation: EvaluationConfig | None = None,
+    evaluation: EvaluationConfig | EvaluationChanges | None = None,
     seed: int = 0,
     device: str = "auto",
     output: Path | None = None,
@@ -140,6 +139,7 @@ def evaluate_model(
         head: ``zeros`` fits fresh heads though there is a meta-learned one.
         by_step: accuracy after each step of the inner loop, too.
         evaluation: number of tasks, split, mirrored support. Embeddings stay of the split that they were made of.
+            What it leaves open is as the model's recipe says.
         seed: of the tasks.
         device: where to run.
         output: folder of the result.
@@ -161,7 +161,7 @@ def evaluate_model(
     for name, asked in (("--shard", shard), ("--resume", resume)):
         if asked and output is None:
             raise InputError(f"{name} needs --output, the folder that holds what is done")
-    evaluation = evaluation or EvaluationConfig()
+    evaluation = evaluation or EvaluationChanges()
     if not ranks.alone and (resume or shard is not None):
         raise InputError(
             "--resume and --shard are for one process; with torchrun the processes share out the tasks"

@@ -179,7 +179,7 @@ class Experiment:
                 evaluation = fit_and_score(embedded, head, inner_lr=lr, inner_steps=steps)
                 accuracies[lr, steps] = float(evaluation.accuracy.mean())
         lr, steps = max(accuracies, key=accuracies.__getitem__)
-        return replace(config.inner, lr=lr, test_steps=steps, adapt=row.adapt)
+        return replace(config.inner, lr=lr, test_lr=None, test_steps=steps, adapt=row.adapt)
 
     def test(
         self, model: Model, n_shot: int, inner: InnerConfig | None = None, *, n_tasks: int | None = None

@@ -64,7 +64,7 @@ def _network(model: Model, format: Literal["torch", "onnx"]) -> tuple[bytes, str
             f"{model.path}: its norms use each task's own statistics (norm 'episode'), which do not fold into "
             "convolutions; give --format state-dict"
         )
-    data, size = model.config.data, model.image_size
+    data, size = model.config.data, model.network_size
     network = folded(model.encoder, data.mean, data.std)
     payload, run = (_torch_program if format == "torch" else _onnx_program)(network, size)
     compared = (
@@ -75,7 +75,7 @@ def _network(model: Model, format: Literal["torch", "onnx"]) -> tuple[bytes, str
 
 def _difference(model: Model, run: Run) -> str:
     """How far the exported network is from ours, on two images of noise."""
-    size = model.image_size
+    size = model.network_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, size, size), generator=generator).to(torch.float32)
     data = model.config.data

@@ -7,6 +7,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; a mark or a 
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -263,17 +264,26 @@ def episode_picture(
         write_picture(figure, Path(path))
 
 
+@functools.cache
+def _known_characters() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """What of a name the font has; a missing character would be an empty box and a warning."""
+    return " ".join("".join(c for c in text if ord(c) in _known_characters()).split()) or "?"
+
+
 class Page:
     """A figure to draw on in pixels, from the top left corner."""
 
     def __init__(self, figure: Any, height: int) -> None:
-        from matplotlib.font_manager import FontProperties, findfont, get_font
-
         self.axes = figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, WIDTH), ylim=(height, 0))
         self.axes.axis("off")
         self._figure = figure
-        self._known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
 
     def text(
         self,
@@ -287,7 +297,7 @@ class Page:
         align: str = "left",
     ) -> None:
         """One line around height y; cut with an ellipsis where it is wider than `width`."""
-        whole = self._drawable(text)
+        whole = drawable(text)
         label = self.axes.text(
             x,
             y,
@@ -307,16 +317,12 @@ class Page:
 
     def lines(self, x: float, y: float, text: str, leading: float, *style: Any, **named: Any) -> None:
         """`text` around height y, its first word and the rest on two lines where there are several words."""
-        first, _, rest = self._drawable(text).partition(" ")
+        first, _, rest = drawable(text).partition(" ")
         if not rest:
             self.text(x, y, first, *style, **named)
             return
         self.text(x, y - leading / 2, first, *style, **named)
         self.text(x, y + leading / 2, rest, *style, **named)
-
-    def _drawable(self, text: str) -> str:
-        """What of a name the font has; a missing character would be an empty box and a warning."""
-        return " ".join("".join(c for c in text if ord(c) in self._known).split()) or "?"
 
     def image(self, left: float, top: float, size: float, pixels: NDArray[np.uint8]) -> None:
         """An image scaled up to size × size pixels without smoothing."""

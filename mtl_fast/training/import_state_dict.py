@@ -10,25 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import Config, DataConfig, EncoderConfig, InnerConfig, MetaConfig
+from ..config import Config, DataConfig, EncoderConfig, preset
 from ..errors import InputError
 from .foreign_files import read_pth, state_of
 from .ledger import Entry, Imported, Ledger, Source
 
 # How these programs bring images into their networks and fit their heads; the size is that of the network's pooling.
-_META = MetaConfig(norm="running", lr=1e-4, tasks_per_update=1, train_affine=True)
-_INNER = InnerConfig(lr=0.01, train_steps=100, test_steps=100, order="first")
 _RECIPES: dict[str, Config] = {
-    "pytorch": Config(inner=_INNER, meta=_META),
-    "libfewshot": Config(
+    "pytorch": preset("pytorch"),
+    "libfewshot": replace(
+        preset("pytorch"),
         data=DataConfig(
             mean=(120.39586422, 115.59361427, 104.54012653), std=(70.68188272, 68.27635443, 72.54505529)
         ),
-        inner=_INNER,
-        meta=_META,
     ),
 }
-_IMAGE_SIZES = {"resnet25": 80, "resnet12": 84}
+# The sides of images, and of their central square where that is all that the network sees.
+_SIZES = {("pytorch", "resnet25"): (92, 80), ("libfewshot", "resnet25"): (80, None)}
 _PRETRAINING = ("pre_fc.", "classifier.")
 
 
@@ -63,6 +61,7 @@ def import_state_dict(paths: Sequence[Path], source: Source | None = None) -> Im
     name, widths, layers = _network(ledger, prefix)
     config = _RECIPES[source]
     has_phi = f"{layers[0].conv}.mtl_weight" in ledger
+    side, centre = _SIZES.get((source, name), (84, None))
     config = replace(
         config,
         encoder=EncoderConfig(
@@ -71,7 +70,7 @@ def import_state_dict(paths: Sequence[Path], source: Source | None = None) -> Im
             shortcut_scale_shift=has_phi,
             dropout=0.0 if name == "resnet25" else 0.1,
         ),
-        data=replace(config.data, image_size=_IMAGE_SIZES[name]),
+        data=replace(config.data, image_size=side, centre_crop=centre),
         meta=replace(
             config.meta,
             learn="scale_shift" if has_phi else "head",

@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import Config, DataConfig, EncoderConfig, InnerConfig, MetaConfig
+from ..config import preset
 from ..errors import InputError
 from .foreign_files import read_npy
 from .ledger import Imported, Ledger
 
-# How that program brings images into its network and fits its heads.
-_RECIPE = Config(
-    data=DataConfig(image_size=84, mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)),
-    inner=InnerConfig(lr=0.05, train_steps=20, test_steps=100, order="second"),
-    meta=MetaConfig(norm="episode"),
-)
 _LAYOUT = "[k, k, I, O] → [O, I, k, k]"
 
 
@@ -50,7 +44,8 @@ def import_tensorflow(paths: Sequence[Path]) -> Imported:
     weights, ss, head = (parts.get(role) for role in ("weights", "scale and shift", "head"))
     assert weights is not None
     widths = tuple(weights.width(f"block{i}_conv3", -1) for i in range(1, 5))
-    config = replace(_RECIPE, encoder=EncoderConfig(form="tensorflow", widths=widths))
+    recipe = preset("tensorflow")
+    config = replace(recipe, encoder=replace(recipe.encoder, widths=widths))
     imported = Imported("tensorflow", config, is_meta=len(parts) > 1, stored_statistics=False)
     out, n_in = imported.tensors, 3
 

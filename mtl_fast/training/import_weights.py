@@ -14,7 +14,7 @@ from .foreign_files import is_npy
 from .import_state_dict import import_state_dict
 from .import_tensorflow import import_tensorflow
 from .ledger import Entry, Imported
-from .models import build_encoder, learnable, save_model
+from .models import build_encoder, learnable, network_size, save_model
 
 
 def import_weights(
@@ -49,10 +49,11 @@ def import_weights(
     else:
         imported = import_state_dict(paths, format)
     config = imported.config
-    size = config.data.image_size if image_size is None else image_size
+    if image_size is not None:
+        config = replace(config, data=replace(config.data, image_size=image_size, centre_crop=None))
+    size = config.data.image_size
     assert size is not None
-    config = replace(config, data=replace(config.data, image_size=size))
-    _complete(imported, size)
+    _complete(imported, network_size(config, size))
     save_model(
         output,
         "meta" if imported.is_meta else "pretrained",

@@ -95,8 +95,11 @@ class RunLog:
             ) from None
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+            for name, value in values.items():
+                if isinstance(value, str):
+                    self._board.add_text(name, value, step)
+                elif value is not None:
+                    self._board.add_scalar(name, value, step)
         self._progress.show({name: value for name, value in numbers.items() if name != "step"})
 
     def advance(self, step: int, pace: str = "") -> None:

@@ -46,14 +46,17 @@ def check_normalisation(config: Config, pretrained: Model) -> None:
     """Images enter the network as they did in its pre-training.
 
     Raises:
-        InputError: mean or standard deviation differ.
+        InputError: mean, standard deviation or the central square differ.
     """
-    for name in ("mean", "std"):
-        there, here = getattr(pretrained.config.data, name), getattr(config.data, name)
+    for name in ("mean", "std", "centre_crop"):
+        there, here = (
+            " ".join(map(str, value)) if isinstance(value := getattr(data, name), tuple) else str(value)
+            for data in (pretrained.config.data, config.data)
+        )
         if there != here:
             raise InputError(
-                f"{pretrained.path}: was pre-trained with --data.{name} {' '.join(map(str, there))}, not "
-                f"{' '.join(map(str, here))}; give the same, or the same --preset"
+                f"{pretrained.path}: was pre-trained with --data.{name.replace('_', '-')} {there}, not {here}; give the "
+                "same, or the same --preset"
             )
 
 

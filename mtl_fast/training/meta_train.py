@@ -22,7 +22,9 @@ from ..engine.ranks import ALONE, Ranks
 from ..engine.step import EpisodicEngine
 from ..episodes import Episodes, EpisodeSampler, HardTaskPool
 from ..errors import InputError
+from ..nn import LinearHead
 from . import checkpoint
+from .hard_classes import PICTURE, HardClasses, draw_hard_classes
 from .logging import RunLog
 from .meta_checks import check_normalisation, check_random_start, check_rounds, check_statistics
 from .meta_update import adam, guarded_step, set_rates
@@ -62,6 +64,7 @@ class MetaTraining(Phase):
         profile: write ``profile.json``, a trace of the first updates.
     """
 
+    head: LinearHead
     name, command, kind, counts = "meta-training", "meta-train", "meta", "tasks"
     lighter = "give a smaller --meta.images-per-chunk"
     reports_start = True  # the curve begins with the pre-trained network
@@ -100,7 +103,7 @@ class MetaTraining(Phase):
         self.meta = config.meta
         if pretrained is None:
             initial = self.streams.stream("initial")
-            self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
+            self.encoder = build_encoder(config.encoder, image_size=self.network_size, generator=initial)
         else:
             wanted = architecture(config, self.image_size)
             checkpoint.check_architecture(pretrained.meta, wanted, pretrained.path)
@@ -121,12 +124,23 @@ class MetaTraining(Phase):
             self.train,
             shape.n_way,
             shape.n_shot,
-            shape.n_query if shape.n_query_train is None else shape.n_query_train,
+            shape.n_query_at_test if shape.n_query_train is None else shape.n_query_train,
             self.streams.stream("tasks"),
         )
         self.pool: HardTaskPool | None = None
         if self.meta.hard != "none":
-            self.pool = HardTaskPool(self.sampler, self.meta.hard, self.streams.stream("hard_tasks"))
+            self.pool = HardTaskPool(
+                self.sampler,
+                self.meta.hard,
+                self.streams.stream("hard_tasks"),
+                per_task=self.meta.hard_classes_per_task,
+                size=self.meta.hard_pool_size,
+            )
+            self.hard_classes = HardClasses(
+                self.train.class_names,
+                self.device,
+                self.meta.random_tasks_per_round + self.meta.hard_tasks_per_round,
+            )
         self.engine = self._new_engine(ranks)
         self.engine.require_whole_splits(*self._images_of_splits)
         # What is traced is not replayed, so that the trace shows its ranges.
@@ -199,10 +213,11 @@ class MetaTraining(Phase):
         output = StepOutput(*self._step(*tensors))
         if self.pool is not None and not hard:
             with self.spans("data"):
-                self.pool.add(episodes, output.class_accuracy)
+                self.hard_classes.add(self.pool.add(episodes, output.class_accuracy))
         self.update += 1
         if self.pool is not None and self.update % self._updates_per_round == 0:
             self.pool.clear()
+            self.hard_classes.end_round()
 
     def _train_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The step and its optimiser; asks the device for nothing.
@@ -251,7 +266,7 @@ class MetaTraining(Phase):
         """
         n_groups = 0 if self.meta.norm == "frozen" else 1
         dtype = self.encoder_dtype or self.head.weight.dtype
-        per_image = bytes_per_image(self.encoder, self.image_size, dtype, n_groups=n_groups)
+        per_image = bytes_per_image(self.encoder, self.network_size, dtype, n_groups=n_groups)
         ranks = self.ranks
         n_images = -(-self.meta.tasks_per_update // ranks.size) * sum(self._images_of_splits)
         free = free_memory(self.device)
@@ -294,8 +309,9 @@ class MetaTraining(Phase):
             self.val,
             self.validation,
             self.preprocess,
-            inner_lr=inner.lr,
+            inner_lr=inner.lr_at_test,
             inner_steps=inner.test_steps,
+            mirror_support=self.config.evaluation.mirror_support,
             norm=self.meta.norm,
             adapt=inner.adapt,
             ranks=self.ranks,
@@ -304,12 +320,24 @@ class MetaTraining(Phase):
         tasks = self.update * self.meta.tasks_per_update
         self.curve.append([tasks, mean, interval])
         self._keep_if_best(mean)
-        row = {"tasks": tasks, "validation_accuracy": mean, "validation_interval": interval}
+        row: dict[str, float | str | None] = {
+            "tasks": tasks,
+            "validation_accuracy": mean,
+            "validation_interval": interval,
+        }
         if self.update:
             loss, accuracy = (self.sums[:2] / self.sums[2]).tolist()
             row |= {"loss": loss, "train_accuracy": accuracy}
             self.sums.zero_()
+        if self.pool is not None:
+            row["hardest"] = self.hard_classes.hardest() or None
+            if self.ranks.first:
+                self.hard_classes.save(self.folder.path, tasks)
         log.row(self.update, **row)
+
+    def _finish(self) -> None:
+        folder = self.folder.path
+        draw_hard_classes(folder, folder / PICTURE, title="Classes that hard tasks were made of")
 
     def _best_weights(self) -> dict[str, Tensor]:
         return weights_of(self.encoder, self.head)
@@ -324,6 +352,7 @@ class MetaTraining(Phase):
         return {
             "loop": {"sums": self.sums},
             "pool": {} if self.pool is None else self.pool.state_dict(),
+            "hard_classes": {} if self.pool is None else self.hard_classes.state_dict(),
             "coming": {str(i): tensor for i, tensor in enumerate(drawn)},
         }
 
@@ -335,6 +364,7 @@ class MetaTraining(Phase):
         self.sums = self.folder.section("loop")["sums"].to(self.device)
         if self.pool is not None:
             self.pool.load_state_dict(self.folder.section("pool"))
+            self.hard_classes.load_state_dict(self.folder.section("hard_classes"))
         drawn = self.folder.section("coming")
         stacked = [drawn[str(i)].to(self.device) for i in range(len(drawn))]
         self.coming.extend(Episodes(*tensors) for tensors in zip(*stacked, strict=True))

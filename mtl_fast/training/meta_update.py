@@ -39,10 +39,15 @@ def keep_on_device(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, meta: MetaConfig, update: int) -> None:
-    """Both rates, halved every `decay_every` updates down to the floor (a rate below the floor stays)."""
+    """Both rates, halved after `decay_first` updates and then every `decay_every`, down to the floor.
+
+    A rate below the floor stays.
+    """
+    first = meta.decay_every if meta.decay_first is None else meta.decay_first
+    n_halvings = max(0, (update - first) // meta.decay_every + 1)
     for group in optimizer.param_groups:
         start = group["start_lr"]
-        rate = max(start * 0.5 ** (update // meta.decay_every), min(meta.lr_floor, start))
+        rate = max(start * 0.5**n_halvings, min(meta.lr_floor, start))
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..config import Config, EncoderConfig
@@ -64,7 +64,7 @@ def build_encoder(
     return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks it
 
 
-def learnable(encoder: Encoder, config: Config) -> list[torch.nn.Parameter]:
+def learnable(encoder: Encoder, config: Config) -> list[nn.Parameter]:
     """Freezes the encoder and opens what `config.meta.learn` names; returns those parameters.
 
     Where the inner loop adapts all weights, all have a start to learn, γ and β of the norms too.
@@ -138,6 +138,21 @@ def square_size(train: ImageStore, val: ImageStore) -> int:
     return height
 
 
+def network_size(config: Config, image_size: int) -> int:
+    """Height and width of what the network takes, of images of `image_size`.
+
+    Raises:
+        InputError: the central square is larger than the images.
+    """
+    size = config.data.centre_crop
+    if size is not None and size > image_size:
+        raise InputError(
+            f"data.centre_crop is {size}, more than the images' {image_size}×{image_size} pixels; lower it, or raise "
+            "--data.image-size"
+        )
+    return size or image_size
+
+
 def facts_of(store: ImageStore) -> dict[str, Any]:
     """What a resumed run compares: a data set that has grown is another one."""
     return {"classes": store.n_classes, "images": store.n_images, "image_size": list(store.image_size)}
@@ -145,12 +160,15 @@ def facts_of(store: ImageStore) -> dict[str, Any]:
 
 def preprocess_of(config: Config) -> Preprocess:
     """The normalisation of these settings."""
-    return Preprocess(config.data.mean, config.data.std)
+    return Preprocess(config.data.mean, config.data.std, config.data.centre_crop)
 
 
 @dataclass
 class Model:
-    """A finished phase: network, head's start (after meta-training) and the settings it was made with."""
+    """A finished phase: network, head's start (after meta-training) and the settings it was made with.
+
+    `image_size` is that of its data, of which `config.data.centre_crop` may take the centre.
+    """
 
     config: Config
     encoder: Encoder
@@ -158,6 +176,11 @@ class Model:
     image_size: int
     meta: dict[str, Any]
     path: Path
+
+    @property
+    def network_size(self) -> int:
+        """Height and width of what the network takes."""
+        return network_size(self.config, self.image_size)
 
     @property
     def stored_statistics(self) -> bool:
@@ -170,9 +193,9 @@ class Model:
         return "frozen" if self.head is None and self.stored_statistics else self.config.meta.norm
 
 
-def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Tensor]:
+def weights_of(encoder: Encoder, head: nn.Module | None = None) -> dict[str, Tensor]:
     """All tensors of a model under `encoder.` and `head.`, detached copies on the CPU."""
-    modules = {"encoder": encoder} | ({} if head is None else {"head": head})
+    modules: dict[str, nn.Module] = {"encoder": encoder} | ({} if head is None else {"head": head})
     return {
         f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, module in modules.items()
@@ -180,13 +203,13 @@ def weights_of(encoder: Encoder, head: LinearHead | None = None) -> dict[str, Te
     }
 
 
-def load_weights(tensors: dict[str, Tensor], encoder: Encoder, head: LinearHead | None = None) -> None:
+def load_weights(tensors: dict[str, Tensor], encoder: Encoder, head: nn.Module | None = None) -> None:
     """The inverse of `weights_of`, for modules of the same architecture.
 
     Raises:
         InputError: they are of another one; the first tensor that does not fit is named.
     """
-    modules: dict[str, torch.nn.Module] = {"encoder": encoder} | ({} if head is None else {"head": head})
+    modules: dict[str, nn.Module] = {"encoder": encoder} | ({} if head is None else {"head": head})
     found = {k: list(v.shape) for k, v in tensors.items() if k.partition(".")[0] in modules}
     wanted = {f"{n}.{k}": list(v.shape) for n, m in modules.items() for k, v in m.state_dict().items()}
     difference = checkpoint.first_difference({"weights": found}, {"weights": wanted})
@@ -258,7 +281,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", kind: st
         raise InputError(
             f"{path}: {error}; mtl_fast {made} wrote it, this is {__version__}; update mtl_fast"
         ) from None
-    encoder = build_encoder(config.encoder, image_size=meta["image_size"])
+    encoder = build_encoder(config.encoder, image_size=network_size(config, meta["image_size"]))
     head = None
     if found == "meta":
         learnable(encoder, config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Config
 from ..data import load_split
@@ -20,7 +20,7 @@ from ..engine.memory import free_memory, in_words
 from ..engine.ranks import ALONE, Ranks
 from ..engine.spans import WHOLE, Spans
 from ..errors import InputError
-from ..nn import Encoder, LinearHead
+from ..nn import Encoder
 from ..random_streams import RandomStreams
 from . import checkpoint
 from .logging import NoLog, RunLog
@@ -29,6 +29,7 @@ from .models import (
     device_of,
     encoder_dtype,
     load_weights,
+    network_size,
     preprocess_of,
     save_model,
     square_size,
@@ -60,7 +61,7 @@ class Phase(ABC):
     reports_start: ClassVar[bool] = False  # whether a report comes before the first update
 
     encoder: Encoder
-    head: LinearHead
+    head: nn.Module
     optimizer: torch.optim.Optimizer
     total: int
 
@@ -86,6 +87,7 @@ class Phase(ABC):
             for split, store in (("train", train), ("val", val))
         )
         self.image_size = square_size(self.train, self.val)
+        self.network_size = network_size(config, self.image_size)
         self.ahead = Ahead(self.train.images, self.device) if self.train.kept_on_host else None
         self.preprocess = preprocess_of(config)
         self.streams = RandomStreams(config.seed)
@@ -174,6 +176,7 @@ class Phase(ABC):
                     seconds=self.seconds,
                     **self._model_facts(),
                 )
+                self._finish()
         if ranks.any(stop.requested):
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
@@ -185,7 +188,7 @@ class Phase(ABC):
             if i == 1:
                 start = time.monotonic()
             self._update()
-            float(self.head.bias.detach()[0])  # waits for the device
+            float(next(self.head.parameters()).detach().flatten()[0])  # waits for the device
         return (time.monotonic() - start) / n
 
     def _checkpoint(self, log: RunLog | None = None) -> None:
@@ -262,12 +265,20 @@ class Phase(ABC):
     def _load_loop_state(self) -> None:
         """The inverse, from `folder.section(name)`."""
 
+    def _finish(self) -> None:  # noqa: B027 - most have nothing to add
+        """What the first rank leaves beside the model file; nothing by default."""
+
     def _loop_facts(self) -> dict[str, Any]:
         """The subclass's own plain facts for the checkpoint's header."""
         return {}
 
+    @property
+    def _keeps_last(self) -> bool:
+        """Whether the last of the validated states is kept, however good it is."""
+        return False
+
     def _keep_if_best(self, accuracy: float) -> None:
-        if accuracy > self.best_accuracy:
+        if accuracy > self.best_accuracy or self._keeps_last:
             self.best_accuracy, self.best_update = accuracy, self.update
             self.best = self._best_weights()
 

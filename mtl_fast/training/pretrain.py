@@ -1,4 +1,4 @@
-"""Pre-training: encoder and a throw-away classifier on all training classes; the best epoch is kept."""
+"""Pre-training: encoder and a throw-away classifier on all training classes; the best epoch, or the last, is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Config, PretrainConfig
 from ..data.residency import Gathered, moved
@@ -33,7 +33,7 @@ class Pretraining(Phase):
     """The state of a pre-training run and its loop; its head is the throw-away classifier.
 
     Args:
-        config: settings; `pretrain`, `data`, `encoder`, `inner` and `seed` are used.
+        config: settings; `pretrain`, `data`, `encoder`, `inner`, `evaluation` and `seed` are used.
         output: the run's folder.
         resume: go on with the run that is there.
         train, val: the splits; None loads them from `config.data.source`.
@@ -73,18 +73,24 @@ class Pretraining(Phase):
         super().__init__(config, train, val, ranks, profile=profile, free=free)
         self.settings = config.pretrain
         initial = self.streams.stream("initial")
-        self.encoder = build_encoder(config.encoder, image_size=self.image_size, generator=initial)
+        self.encoder = build_encoder(config.encoder, image_size=self.network_size, generator=initial)
         self.encoder.to(self.device)
         self.encoder.dropout_generator = self.streams.stream("dropout")
-        self.head = LinearHead(self.encoder.feature_dim, self.train.n_classes, generator=initial)
+        self.head = _classifier(self.settings, self.encoder.feature_dim, self.train.n_classes, initial)
         self.head.to(self.device)
         self.optimizer = _optimizer(self.settings, self.encoder, self.head)
         self.validation = validation_episodes(config, self.val, self.settings.validation_tasks)
         self.updates_per_epoch = max(1, self.train.n_images // self.settings.batch_size)
-        self.total = self.settings.epochs * self.updates_per_epoch
+        self.total = n_updates(self.settings, self.updates_per_epoch)
         self.order = torch.empty(0, dtype=torch.int64)
         # Loss, correct, images since the last log row.
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        part = self.settings.crop_size
+        if self.settings.crop == "resized" and part is not None and part < self.network_size:
+            raise InputError(
+                f"pretrain.crop_size is {part}, less than the {self.network_size}×{self.network_size} pixels of which the "
+                "network takes the centre; raise it, or leave it out"
+            )
         batch_size = min(self.settings.batch_size, self.train.n_images)
         if batch_size < ranks.size:
             raise InputError(
@@ -187,10 +193,18 @@ class Pretraining(Phase):
         )
 
     def _is_checkpoint(self) -> bool:
-        return self.update % self.updates_per_epoch == 0
+        return self.update % self.updates_per_epoch == 0 or self.update == self.total
+
+    @property
+    def _keeps_last(self) -> bool:
+        return self.settings.keep == "last"
+
+    def _epoch(self, update: int) -> int:
+        """The epoch, from 1, that this number of updates ends or breaks off."""
+        return -(-update // self.updates_per_epoch)
 
     def _report(self, log: RunLog) -> None:
-        epoch = self.update // self.updates_per_epoch
+        epoch = self._epoch(self.update)
         loss, accuracy = (self.sums[:2] / self.sums[2]).tolist()
         self.sums.zero_()
         row = {"epoch": epoch, "loss": loss, "train_accuracy": accuracy}
@@ -211,8 +225,9 @@ class Pretraining(Phase):
             self.val,
             self.validation,
             self.preprocess,
-            inner_lr=inner.lr,
+            inner_lr=inner.lr_at_test,
             inner_steps=inner.test_steps,
+            mirror_support=self.config.evaluation.mirror_support,
             ranks=self.ranks,
         )
         return float(result.accuracy.mean())
@@ -221,7 +236,7 @@ class Pretraining(Phase):
         return weights_of(self.encoder)
 
     def _model_facts(self) -> dict[str, Any]:
-        return {"epoch": self.best_update // self.updates_per_epoch}
+        return {"epoch": self._epoch(self.best_update)}
 
     def _loop_state(self) -> dict[str, dict[str, Tensor]]:
         return {"loop": {"order": self.order, "sums": self.sums}}
@@ -235,25 +250,49 @@ def validation_episodes(config: Config, val: ImageStore, n_tasks: int) -> Episod
     """The fixed validation episodes of a run, from its stream of that name."""
     episodes = config.episodes
     generator = RandomStreams(config.seed).stream("validation")
-    return EpisodeSampler(val, episodes.n_way, episodes.n_shot, episodes.n_query, generator).sample(n_tasks)
+    sampler = EpisodeSampler(val, episodes.n_way, episodes.n_shot, episodes.n_query_at_test, generator)
+    return sampler.sample(n_tasks)
+
+
+def n_updates(settings: PretrainConfig, updates_per_epoch: int) -> int:
+    """Updates in all."""
+    return settings.n_updates or settings.epochs * updates_per_epoch
 
 
 def learning_rate(settings: PretrainConfig, update: int, updates_per_epoch: int) -> float:
-    """Linear rise over the warm-up, then a cosine to 0 at the last update."""
+    """Linear rise over the warm-up, then a cosine to 0 at the last update, or steps, which count from the start."""
     warmup = settings.warmup_epochs * updates_per_epoch
-    total = settings.epochs * updates_per_epoch
+    total = n_updates(settings, updates_per_epoch)
     if update < warmup:
         return settings.lr * (update + 1) / (warmup + 1)
+    if settings.schedule == "steps":
+        every = settings.decay_every * (1 if settings.n_updates else updates_per_epoch)
+        return settings.lr * settings.decay ** (update // every)
     progress = (update - warmup) / max(1.0, total - warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _optimizer(settings: PretrainConfig, encoder: Encoder, head: LinearHead) -> torch.optim.Optimizer:
+def _classifier(
+    settings: PretrainConfig, feature_dim: int, n_classes: int, generator: torch.Generator
+) -> nn.Module:
+    """The throw-away classifier: [N, feature_dim] → [N, n_classes]."""
+    if settings.head_width is None:
+        return LinearHead(feature_dim, n_classes, generator=generator)
+    return nn.Sequential(
+        LinearHead(feature_dim, settings.head_width, generator=generator),
+        nn.ReLU(),
+        LinearHead(settings.head_width, n_classes, generator=generator),
+    )
+
+
+def _optimizer(settings: PretrainConfig, encoder: Encoder, head: nn.Module) -> torch.optim.Optimizer:
     parameters = [*encoder.parameters(), *head.parameters()]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
         )
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     # Decoupled decay is for matrices; norms and biases are left alone, as is usual.
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]

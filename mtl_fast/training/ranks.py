@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import Config
 from ..data.store import ImageStore
 from ..engine.memory import free_memory
 from ..engine.ranks import CommonEnd, Ranks, SharedInputError, join, launched
 from ..errors import InputError
-from ..nn import Encoder, LinearHead
+from ..nn import Encoder
 from ..random_streams import RandomStreams
 from .checkpoint import first_difference
 from .models import device_of, fingerprint, weights_of
@@ -109,7 +110,7 @@ def require_same_start(
 
 
 def require_same_state(
-    ranks: Ranks, update: int, encoder: Encoder, head: LinearHead, streams: RandomStreams
+    ranks: Ranks, update: int, encoder: Encoder, head: nn.Module, streams: RandomStreams
 ) -> None:
     """All ranks hold the same bits after the same number of updates: the exchanges have kept them together.
 

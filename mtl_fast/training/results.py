@@ -57,6 +57,8 @@ def results(
     config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
         tell_of_missing_kernels()  # here, for the workers are silent
+    for seed in seeds:
+        replace(config, seed=seed)  # one that is out of range ends it here
     for folder in (output, publish):  # before the work, not after it
         make_folder(folder)
     with FolderLock(output):

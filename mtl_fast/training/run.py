@@ -175,11 +175,18 @@ class RunFolder:
 def check_settings(path: Path, saved: dict[str, Any], config: Config) -> None:
     """Compares the settings that `path` holds with those asked for.
 
+    A setting that is not there had, when that was written, no other value than its default.
+
     Raises:
         InputError: they differ, in more than the device: where a run runs is no part of what it computes.
     """
-    wanted = json.loads(config.to_json()) | {"device": saved.get("device")}
-    difference = checkpoint.first_difference(saved, wanted)
+    try:
+        there = dataclasses.replace(Config.from_dict(saved), device=config.device)
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: holds settings that this version does not know ({error}); give another --output"
+        ) from None
+    difference = checkpoint.first_difference(dataclasses.asdict(there), dataclasses.asdict(config))
     if difference:
         raise InputError(
             f"{path}: the run there has other settings ({difference}); "

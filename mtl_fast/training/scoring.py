@@ -125,7 +125,7 @@ class Scoring:
             store,
             episodes,
             self.preprocess,
-            inner_lr=config.inner.lr,
+            inner_lr=config.inner.lr_at_test,
             n_steps=range(n_steps + 1) if self.by_step else [n_steps],
             norm=self.subject.norm,
             mirror_support=config.evaluation.mirror_support,
@@ -137,7 +137,7 @@ class Scoring:
 
     def _scores(self, embedded: EmbeddedEpisodes) -> dict[str, Tensor]:
         inner, head = self.subject.config.inner, self.subject.head
-        steps: dict[str, Any] = {"inner_lr": inner.lr, "inner_steps": inner.test_steps}
+        steps: dict[str, Any] = {"inner_lr": inner.lr_at_test, "inner_steps": inner.test_steps}
         found = {"task_accuracy": fit_and_score(embedded, head, **steps).accuracy}
         if self.by_step:
             found["accuracy_by_step"] = accuracy_by_step(embedded, head, **steps)

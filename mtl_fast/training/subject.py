@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import Config, EvaluationConfig, MetaConfig
+from ..config import Config, EvaluationChanges, EvaluationConfig, MetaConfig
 from ..data.features import FeatureStore
 from ..data.store import ImageStore
 from ..engine.base import NormMode
@@ -33,7 +33,7 @@ class Changes:
     inner_steps: int | None = None
     inner_lr: float | None = None
     adapt: Adapt | None = None
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig | EvaluationChanges = field(default_factory=EvaluationChanges)
     seed: int = 0
     device: str = "auto"
 
@@ -44,12 +44,17 @@ class Changes:
             InputError: one is out of its range; all weights to adapt of a model that learned something else.
         """
         shape: dict[str, Any] = {"n_way": self.n_way, "n_shot": self.n_shot, "n_query": self.n_query}
-        inner: dict[str, Any] = {"lr": self.inner_lr, "test_steps": self.inner_steps, "adapt": self.adapt}
+        inner: dict[str, Any] = {
+            "test_lr": self.inner_lr,
+            "test_steps": self.inner_steps,
+            "adapt": self.adapt,
+        }
+        test = vars(self.evaluation)
         return replace(
             config,
             episodes=replace(config.episodes, **{k: v for k, v in shape.items() if v is not None}),
             inner=replace(config.inner, **{k: v for k, v in inner.items() if v is not None}),
-            evaluation=self.evaluation,
+            evaluation=replace(config.evaluation, **{k: v for k, v in test.items() if v is not None}),
             seed=self.seed,
             device=self.device,
         )
@@ -144,7 +149,7 @@ def features_subject(
             f"{file}: holds features, of which the head alone can adapt; --adapt all takes a model, --checkpoint"
         )
     found = load_embeddings(file, device=device)
-    split = found.meta.get("split", changes.evaluation.split)
+    split: Any = found.meta.get("split", changes.evaluation.split)
     changes = replace(changes, adapt="head", evaluation=replace(changes.evaluation, split=split))
     config = changes.over(found.config)
     if config.evaluation.mirror_support and found.store.mirrored is None:

@@ -152,6 +152,57 @@ def test_a_grey_image_keeps_its_lack_of_colour() -> None:
     assert colorsys.rgb_to_hsv(*x[0, :, 0, 0].tolist())[1] < 1e-5
 
 
+CENTRED = replace(PREPROCESS, size=11)
+
+
+def middle(images: Tensor, size: int = 11) -> Tensor:
+    edge = (images.shape[2] - size) // 2
+    return images[:, :, edge : edge + size, edge : edge + size]
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-7])
+def test_of_a_centred_input_the_centre_is_taken(jitter: float) -> None:
+    x = augmented(STORE, ROWS, CENTRED, replace(PLAIN, jitter=jitter), stream())
+    torch.testing.assert_close(x, normalised(middle(originals())), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(x, CENTRED(STORE, ROWS), atol=1e-5)
+
+
+def test_a_shift_moves_the_centre() -> None:
+    """17 pixels, of which 11 are taken, moved by up to 2: never black."""
+    config = replace(PLAIN, crop="shift")
+    x = augmented(STORE, torch.full((200,), 3), CENTRED, config, stream())
+    image = normalised(STORE.images[3].permute(2, 0, 1).float())
+    candidates = {
+        (dy, dx): image[:, 3 + dy : 14 + dy, 3 + dx : 14 + dx]
+        for dy, dx in itertools.product(range(-2, 3), repeat=2)
+    }
+    found = [[key for key, moved in candidates.items() if torch.allclose(one, moved, atol=1e-5)] for one in x]
+    assert all(len(keys) == 1 for keys in found)
+    assert {key for keys in found for key in keys} == candidates.keys()
+
+
+@pytest.mark.parametrize(("crop_size", "side"), [(None, 11), (14, 14), (11, 11), (23, 23)])
+def test_a_resized_crop_is_a_part_of_the_whole_image_and_its_centre_is_taken(
+    crop_size: int | None, side: int
+) -> None:
+    """As 92 pixels, a random part brought to 88, and the central 80 of it."""
+    config = replace(PLAIN, crop="resized", crop_size=crop_size)
+    x = augmented(STORE, ROWS, CENTRED, config, stream(5))
+    whole = resized_crop(originals() / 255, torch.rand(7, 4, generator=stream(5)), (side, side))
+    torch.testing.assert_close(x, normalised(255 * middle(whole)), rtol=1e-5, atol=1e-4)
+    assert x.shape == (7, 3, 11, 11)
+
+
+def test_a_resized_crop_of_another_size_samples_the_same_box() -> None:
+    ramp = torch.arange(32, dtype=torch.float64)
+    coordinates = torch.stack([ramp.view(-1, 1).expand(32, 32), ramp.expand(32, 32)]).expand(50, 2, 32, 32)
+    u = torch.rand(50, 4, generator=stream(1))
+    same, double = resized_crop(coordinates, u), resized_crop(coordinates, u, (64, 64))
+    # Pairs of finer pixels average to a coarse one, away from the border where reading is cut.
+    pairs = double.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+    torch.testing.assert_close(pairs[:, :, 8:24, 8:24], same[:, :, 8:24, 8:24], rtol=0, atol=1e-5)
+
+
 def test_all_together_are_each_in_turn() -> None:
     config = PretrainConfig(crop="resized", flip=True, jitter=0.3)
     g = stream(9)

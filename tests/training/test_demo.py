@@ -40,6 +40,7 @@ class FakeExperiment:
 
     def __init__(self, config: Config, output: Path) -> None:
         self.config = config
+        self.output = output
         self.stores = {"test": tiny.split("test")}
         self.asked: list[str] = []
 
@@ -47,7 +48,13 @@ class FakeExperiment:
         return SimpleNamespace(row=UPDATE_HEAD, meta={"curve": [[1, 0.3], [2, 0.4]]})
 
     def meta_train(self, row: Row, n_shot: int) -> Any:
-        return SimpleNamespace(row=row, meta={"curve": [[0, 0.3, 0.01], [120, 0.4, 0.01], [240, 0.45, 0.01]]})
+        folder = self.output / f"{row.key}-{n_shot}shot"
+        folder.mkdir(parents=True, exist_ok=True)
+        if row is SS_HT:
+            joined = {"round": 1, "tasks": 30, "joined": {"train3": 4, "train0": 1}}
+            (folder / "hard_classes.jsonl").write_text(json.dumps(joined) + "\n")
+        curve = [[0, 0.3, 0.01], [120, 0.4, 0.01], [240, 0.45, 0.01]]
+        return SimpleNamespace(row=row, meta={"curve": curve}, path=folder / "model.safetensors")
 
     def choose_inner(self, model: Any, n_shot: int) -> InnerConfig:
         assert model.row is UPDATE_HEAD
@@ -96,7 +103,7 @@ def test_the_demo_leaves_table_report_and_pictures(
             x for x in text.splitlines() if x.startswith("| ") and x.split("|")[1].strip() == row.label
         ]
         assert all(cell in line for cell in cells[row.label])
-    for picture in ("curves.png", "episode.png"):
+    for picture in ("curves.png", "episode.png", "hard_classes.png"):
         assert f"]({picture})" in text
         with Image.open(output / picture) as image:
             image.load()

@@ -152,7 +152,7 @@ def test_data_that_changed_their_size_are_named(meta_trained: Path, monkeypatch:
         ({"n_way": 5}, "meta-trained for 3 classes a task, --n-way asks for 5; .*--episodes.n-way 5"),
         ({"n_shot": 0}, "episodes.n_shot is 0; it must be at least 1"),
         ({"n_query": -1}, "episodes.n_query is -1"),
-        ({"inner_lr": 0.0}, "inner.lr is 0.0; it must be positive"),
+        ({"inner_lr": 0.0}, "inner.test_lr is 0.0; it must be positive"),
         ({"inner_steps": -1}, "inner.test_steps is -1; it must be at least 0"),
         ({"seed": -1}, "seed is -1"),
         ({"evaluation": EvaluationConfig(n_tasks=1)}, "evaluation.n_tasks is 1; it must be at least 2"),

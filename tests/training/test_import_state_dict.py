@@ -160,7 +160,8 @@ def test_every_key_is_accounted_for_once(tmp_path: Path) -> None:
         "left out: the same as base_learner.fc1_w",
         "left out: the same as base_learner.fc1_b",
     }
-    assert load_model(tmp_path).config.data.image_size == 80
+    data = load_model(tmp_path).config.data
+    assert (data.image_size, data.centre_crop) == (92, 80)
 
 
 def test_the_format_may_be_named(tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ def test_ci_gets_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_tensorboard_gets_the_numbers_when_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_gets_numbers_and_texts_when_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[object, ...]] = []
 
     class Writer:
@@ -159,6 +161,9 @@ def test_tensorboard_gets_the_numbers_when_installed(tmp_path: Path, monkeypatch
         def add_scalar(self, name: str, value: float, step: int) -> None:
             seen.append((name, value, step))
 
+        def add_text(self, name: str, value: str, step: int) -> None:
+            seen.append((name, value, step))
+
         def close(self) -> None:
             seen.append(("closed",))
 
@@ -166,9 +171,9 @@ def test_tensorboard_gets_the_numbers_when_installed(tmp_path: Path, monkeypatch
     fake.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     with RunLog(tmp_path, step=7, stream=io.StringIO()) as log:
-        log.row(8, loss=0.5, note="text")
+        log.row(8, loss=0.5, note="text", other=None)
         log.close()
-    assert seen == [("tensorboard", 8), ("loss", 0.5, 8), ("closed",)]
+    assert seen == [("tensorboard", 8), ("loss", 0.5, 8), ("note", "text", 8), ("closed",)]
 
 
 def test_without_tensorboard_the_csv_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_what_is_not_finite_leaves_what_was_saved(
         text
     )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == saved
-    assert saved.keys() == {"checkpoint.safetensors", "config.json", "log.csv"}
+    assert saved.keys() == {"checkpoint.safetensors", "config.json", "hard_classes.jsonl", "log.csv"}
     tiny.meta_training(tmp_path, pretrained, resume=True).run()
     tiny.assert_same_run(tmp_path, meta_trained)
 

@@ -37,6 +37,16 @@ def test_both_rates_are_halved_down_to_the_floor() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [5e-5, 0.0]
 
 
+def test_the_first_halving_may_come_earlier() -> None:
+    """MTL's PyTorch recipe: after 900 updates, then every 1000, without a floor."""
+    meta = MetaConfig(lr=1e-4, head_lr=1e-3, decay_every=1000, decay_first=900, lr_floor=0.0)
+    optimizer = meta_update.adam(meta, [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))])
+    for update, n_halvings in ((0, 0), (899, 0), (900, 1), (1899, 1), (1900, 2), (9_999, 10)):
+        set_rates(optimizer, meta, update)
+        expected = [1e-4 * 0.5**n_halvings, 1e-3 * 0.5**n_halvings]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12), update
+
+
 def test_hard_updates_count_in_the_schedule_of_rates(pretrained: Path, tmp_path: Path) -> None:
     config = tiny.with_meta(decay_every=3, lr=8e-3, head_lr=4e-3, lr_floor=1.5e-3)
     run = tiny.meta_training(tmp_path, pretrained, config)

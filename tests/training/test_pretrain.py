@@ -212,6 +212,9 @@ def test_optimisers_are_those_of_the_recipes() -> None:
     (group,) = sgd.param_groups
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
     assert len(group["params"]) == len(parameters)
+    adam = pretrain._optimizer(PretrainConfig("adam", lr=1e-3, weight_decay=0.0), encoder, head)
+    assert type(adam) is torch.optim.Adam
+    assert (adam.defaults["betas"], adam.defaults["weight_decay"]) == ((0.9, 0.999), 0.0)
     adamw = pretrain._optimizer(PretrainConfig("adamw", weight_decay=0.05), encoder, head)
     assert type(adamw) is torch.optim.AdamW
     decayed, free = adamw.param_groups

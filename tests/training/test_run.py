@@ -238,6 +238,14 @@ def test_settings_on_disk_are_compared(tmp_path: Path) -> None:
     check_settings(path, read_settings(path), replace(CONFIG, device="cuda:1"))
     with pytest.raises(InputError, match="seed is 0 there and 1 here"):
         check_settings(path, read_settings(path), replace(CONFIG, seed=1))
+    saved = read_settings(path)
+    del saved["meta"]["hard_pool_size"], saved["evaluation"]  # as if written before there were such
+    check_settings(path, saved | {"evaluation": {"n_tasks": CONFIG.evaluation.n_tasks}}, CONFIG)
+    with pytest.raises(InputError, match=r"meta\.hard_pool_size is null there and 3 here"):
+        check_settings(path, saved, replace(CONFIG, meta=replace(CONFIG.meta, hard_pool_size=3)))
+    for strange, reason in (({"rate": 1}, "unknown setting 'rate'"), ({"meta": 3}, "does not know")):
+        with pytest.raises(InputError, match=rf"config\.json: holds settings .*{reason}"):
+            check_settings(path, saved | strange, CONFIG)
     for text in ("{", "[1]"):
         path.write_text(text)
         with pytest.raises(InputError, match=r"config\.json: cannot be read as settings"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtl_fast.config import EvaluationConfig
+from mtl_fast.config import EvaluationChanges, EvaluationConfig
 from mtl_fast.data.features import FeatureStore
 from mtl_fast.errors import InputError
 from mtl_fast.nn import LinearHead
@@ -23,14 +23,19 @@ CPU = torch.device("cpu")
 
 
 def test_what_is_not_changed_is_the_model_s() -> None:
-    assert Changes(evaluation=CONFIG.evaluation, device="cpu").over(CONFIG) == CONFIG
+    mirrored = replace(CONFIG, evaluation=EvaluationConfig(n_tasks=77, split="val", mirror_support=True))
+    assert Changes(device="cpu").over(mirrored) == mirrored
+    one = Changes(evaluation=EvaluationChanges(n_tasks=9), device="cpu").over(mirrored).evaluation
+    assert one == EvaluationConfig(n_tasks=9, split="val", mirror_support=True)
+    plain = Changes(evaluation=EvaluationChanges(mirror_support=False)).over(mirrored).evaluation
+    assert plain == EvaluationConfig(n_tasks=77, split="val", mirror_support=False)
     changes = Changes(4, 2, 6, 7, 0.5, "head", EvaluationConfig(n_tasks=9), 3, "cpu")
     config = changes.over(CONFIG)
     assert (config.episodes.n_way, config.episodes.n_shot, config.episodes.n_query) == (4, 2, 6)
-    assert (config.inner.test_steps, config.inner.lr) == (7, 0.5)
+    assert (config.inner.test_steps, config.inner.lr_at_test, config.inner.lr) == (7, 0.5, CONFIG.inner.lr)
     assert (config.evaluation.n_tasks, config.seed) == (9, 3)
     assert (config.inner.train_steps, config.data, config.meta) == (3, CONFIG.data, CONFIG.meta)
-    with pytest.raises(InputError, match=r"inner\.lr is 0\.0"):
+    with pytest.raises(InputError, match=r"inner\.test_lr is 0\.0"):
         Changes(inner_lr=0.0).over(CONFIG)
 
 

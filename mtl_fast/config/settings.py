@@ -1,4 +1,4 @@
-"""Every setting of a run as frozen dataclasses, and the named recipes; the command line comes from them."""
+"""Every setting of a run as frozen dataclasses; the command line comes from them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import InputError
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class DataConfig:
     """`glyphs`, `glyphs:soft`, `glyphs:mid`, or a folder or file of images; `mtl-fast data info` says what it is."""
     image_size: int | None = None
     """Height and width in pixels to bring images to; None takes them as they are."""
+    centre_crop: int | None = None
+    """Side of the central square that the network sees of each image; None takes all of it."""
     channel_order: Literal["auto", "rgb", "bgr"] = "auto"
     """Of files that do not tell whether red or blue comes first; `auto` is the format's habit."""
     crop_to_box: bool = False
@@ -56,10 +58,16 @@ class EncoderConfig:
 class PretrainConfig:
     """Pre-training: encoder and a throw-away classifier on all training classes merged."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """SGD is with Nesterov momentum 0.9."""
     lr: float = 0.1
-    """Highest learning rate; it falls to 0 along a cosine."""
+    """Highest learning rate."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    """How the rate falls: to 0 along a cosine, or by the factor `decay` every `decay_every`."""
+    decay: float = 0.2
+    """With `steps`: factor of the rate."""
+    decay_every: int = 30
+    """With `steps`: epochs between falls, or updates where `n_updates` is given."""
     warmup_epochs: float = 0.0
     """Epochs over which the rate rises to `lr`."""
     weight_decay: float = 5e-4
@@ -68,8 +76,14 @@ class PretrainConfig:
     """Images an update."""
     epochs: int = 100
     """Passes over the training images."""
+    n_updates: int | None = None
+    """Updates in all, instead of `epochs`."""
+    head_width: int | None = None
+    """Features of a hidden layer (with ReLU) of the throw-away classifier; None: it is linear."""
     crop: Literal["none", "shift", "resized"] = "resized"
     """`shift`: moved by up to an eighth of the image; `resized`: a random part of 8 to 100 % of its area."""
+    crop_size: int | None = None
+    """With `resized`: side that the part is brought to, its centre then being taken; None: what the network takes."""
     flip: bool = True
     """Mirror half of the images."""
     jitter: float = 0.4
@@ -78,6 +92,8 @@ class PretrainConfig:
     """Validation episodes on which the best epoch is chosen."""
     validate_every: int = 1
     """Epochs between validations."""
+    keep: Literal["best", "last"] = "best"
+    """Which epoch's network to keep: the best by validation, or the last."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +104,15 @@ class EpisodeConfig:
     """Classes a task."""
     n_shot: int = 1
     """Support images a class."""
-    n_query: int = 15
-    """Query images a class, in validation and test."""
+    n_query: int | None = 15
+    """Query images a class, in validation and test; None: as many as `n_shot`."""
     n_query_train: int | None = None
     """Query images a class in meta-training; None: as many as in the test."""
+
+    @property
+    def n_query_at_test(self) -> int:
+        """Query images a class, in validation and test."""
+        return self.n_shot if self.n_query is None else self.n_query
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,8 @@ class InnerConfig:
     """What the steps move: the head (MTL), or all weights of the network (MAML)."""
     lr: float = 0.05
     """Step size against the mean support loss."""
+    test_lr: float | None = None
+    """Step size in validation and test; None: `lr`."""
     train_steps: int = 20
     """Steps in meta-training."""
     test_steps: int = 100
@@ -110,6 +133,11 @@ class InnerConfig:
     """First order treats what is adapted as its start minus constants."""
     checkpoint: bool = False
     """With `all`: save memory by computing each inner step again on the way back."""
+
+    @property
+    def lr_at_test(self) -> float:
+        """Step size in validation and test."""
+        return self.lr if self.test_lr is None else self.test_lr
 
 
 @dataclass(frozen=True)
@@ -135,7 +163,9 @@ class MetaConfig:
     head_lr: float = 1e-3
     """Adam's rate for the head's start."""
     decay_every: int = 1000
-    """Updates between halvings of both rates."""
+    """Updates between halvings of both rates; those on hard tasks count."""
+    decay_first: int | None = None
+    """Updates before the first halving; None: `decay_every`."""
     lr_floor: float = 1e-4
     """Neither rate is halved below this."""
     tasks_per_update: int = 2
@@ -148,6 +178,10 @@ class MetaConfig:
     """K: random tasks before the hard ones of a round."""
     hard_tasks_per_round: int = 10
     """K': hard tasks of a round."""
+    hard_classes_per_task: int = 1
+    """How many classes of a random task join the pool, those of lowest accuracy."""
+    hard_pool_size: int | None = None
+    """Most classes of the pool that hard tasks are made of: those that joined most often; None: all of them."""
     validation_tasks: int = 600
     """Validation episodes on which the best iteration is chosen."""
     validate_every: int = 2000
@@ -165,7 +199,19 @@ class EvaluationConfig:
     split: Literal["train", "val", "test"] = "test"
     """Which split the episodes come from."""
     mirror_support: bool = False
-    """Support sets also hold each image's mirror image; MTL's TensorFlow recipe doubles the inner rate with it."""
+    """In validation too, support sets also hold each image's mirror image; see `inner.test_lr`."""
+
+
+@dataclass(frozen=True)
+class EvaluationChanges:
+    """Settings of a test that go before the model's own; None takes the model's."""
+
+    n_tasks: int | None = None
+    """Test episodes; by default as the model's recipe says."""
+    split: Literal["train", "val", "test"] | None = None
+    """Which split the episodes come from; by default as the model's recipe says."""
+    mirror_support: bool | None = None
+    """Whether support sets also hold each image's mirror image; by default as the model's recipe says."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +259,11 @@ class Config:
                 "inner.adapt is 'all': meta-training then learns where all weights start; "
                 "set meta.learn to weights and leave meta.last_block_only out"
             )
+        if self.meta.hard_classes_per_task > self.episodes.n_way:
+            raise InputError(
+                f"meta.hard_classes_per_task is {self.meta.hard_classes_per_task}; a task has "
+                f"{self.episodes.n_way} classes (episodes.n_way)"
+            )
 
     def to_json(self) -> str:
         """The settings as indented JSON."""
@@ -228,6 +279,17 @@ class Config:
         return _from_dict(cls, values, "config")
 
 
+def different_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings, such as ``meta.lr``, whose values differ: those of `one` and of `other`, in the order of `Config`."""
+    pairs = {}
+    for part, values in dataclasses.asdict(one).items():
+        names = [f"{part}.{name}" for name in values] if isinstance(values, dict) else [part]
+        for name in names:
+            if (a := _setting(one, name)) != (b := _setting(other, name)):
+                pairs[name] = (a, b)
+    return pairs
+
+
 # Network → how many widths, in words.
 _N_WIDTHS = {
     "resnet12": (4, "4, one a block"),
@@ -239,21 +301,22 @@ _N_WIDTHS = {
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max
 _LIMITS: dict[str, tuple[float, float, str]] = {
     "seed": (0, 2**63 - 1, "in 0..2**63 - 1"),
-    "encoder.widths pretrain.batch_size pretrain.epochs pretrain.validation_tasks pretrain.validate_every "
-    "episodes.n_shot episodes.n_query episodes.n_query_train meta.decay_every meta.tasks_per_update meta.n_tasks "
-    "meta.random_tasks_per_round meta.hard_tasks_per_round meta.validate_every meta.images_per_chunk "
-    "data.image_size": (1, _HUGE, "at least 1"),
+    "encoder.widths pretrain.decay_every pretrain.batch_size pretrain.epochs pretrain.n_updates pretrain.head_width "
+    "pretrain.crop_size pretrain.validation_tasks pretrain.validate_every episodes.n_shot episodes.n_query "
+    "episodes.n_query_train meta.decay_every meta.decay_first meta.tasks_per_update meta.n_tasks "
+    "meta.random_tasks_per_round meta.hard_tasks_per_round meta.hard_classes_per_task meta.hard_pool_size "
+    "meta.validate_every meta.images_per_chunk data.image_size data.centre_crop": (1, _HUGE, "at least 1"),
     "episodes.n_way": (2, _HUGE, "at least 2: one class alone is always right"),
     "meta.validation_tasks evaluation.n_tasks": (2, _HUGE, "at least 2: an interval needs two tasks"),
     "inner.train_steps inner.test_steps": (0, _HUGE, "at least 0"),
-    "data.std pretrain.lr inner.lr": (_TINY, _HUGE, "positive and finite"),
+    "data.std pretrain.lr inner.lr inner.test_lr": (_TINY, _HUGE, "positive and finite"),
     "data.mean": (-_HUGE, _HUGE, "finite"),
     "pretrain.warmup_epochs pretrain.weight_decay meta.lr meta.head_lr meta.lr_floor": (
         0,
         _HUGE,
         "at least 0 and finite",
     ),
-    "pretrain.jitter": (0, 1, "in 0..1"),
+    "pretrain.jitter pretrain.decay": (0, 1, "in 0..1"),
     "encoder.dropout": (0, 1 - 2**-24, "at least 0 and below 1"),
 }
 
@@ -286,101 +349,3 @@ def _from_dict(kind: Any, values: dict[str, Any], where: str) -> Any:
             value = _from_dict(default, value, f"{where}.{name}")
         out[name] = tuple(value) if isinstance(value, list) else value
     return kind(**out)
-
-
-# The recipe of the embedded benchmark, found on its validation split within six minutes of demo.
-GLYPHS = Config(
-    data=DataConfig("glyphs:mid", mean=(127.5, 127.5, 127.5), std=(64.0, 64.0, 64.0)),
-    encoder=EncoderConfig(widths=(24, 48, 96, 192), dropout=0.0),
-    pretrain=PretrainConfig(
-        optimizer="adamw",
-        lr=3e-3,
-        warmup_epochs=1.0,
-        weight_decay=0.01,
-        batch_size=32,
-        epochs=4,
-        crop="shift",
-        flip=False,
-        jitter=0.0,
-        validation_tasks=300,
-        validate_every=1,
-    ),
-    # More and smaller tasks learn faster than fewer large ones.
-    episodes=EpisodeConfig(n_query_train=5),
-    inner=InnerConfig(lr=0.01, train_steps=20, test_steps=50),
-    meta=MetaConfig(
-        head_init="zeros",
-        lr=1e-3,
-        head_lr=1e-4,
-        decay_every=200,
-        n_tasks=1200,
-        validation_tasks=300,
-        validate_every=240,
-    ),
-)
-
-# The same way in 40 seconds: too short to mean anything, long enough to run every part.
-GLYPHS_QUICK = replace(
-    GLYPHS,
-    encoder=replace(GLYPHS.encoder, widths=(8, 16, 24, 32)),
-    pretrain=replace(GLYPHS.pretrain, epochs=1, validation_tasks=50, validate_every=1),
-    meta=replace(GLYPHS.meta, n_tasks=30, validation_tasks=50, validate_every=30),
-    evaluation=EvaluationConfig(n_tasks=100),
-)
-
-# MAML (arXiv 1703.03400) as a baseline. Its numbers are the common ones, no figure of any source followed here:
-# Conv-4 with 32 filters, 5 steps of 0.01 in training and 10 at test, 4 tasks an update, 60,000 updates of Adam at 1e-3.
-MAML = Config(
-    encoder=EncoderConfig("conv4", widths=(32,), dropout=0.0),
-    inner=InnerConfig("all", lr=0.01, train_steps=5, test_steps=10, order="second"),
-    meta=MetaConfig(
-        learn="weights",
-        norm="episode",
-        lr=1e-3,
-        head_lr=1e-3,
-        lr_floor=1e-3,  # no decay
-        tasks_per_update=4,
-        n_tasks=4 * 60_000,
-        hard="none",
-        # Two random tasks to a hard one, as `paper` has, in updates of four.
-        random_tasks_per_round=24,
-        hard_tasks_per_round=12,
-        validate_every=8_000,
-    ),
-)
-
-# The same on the pre-trained network of `paper`, one task in flight and one inner step's graph at a time.
-MAML_DEEP = replace(
-    MAML,
-    encoder=EncoderConfig(),
-    inner=replace(MAML.inner, checkpoint=True),
-    meta=replace(MAML.meta, images_per_chunk=80),
-)
-
-# MAML on the embedded benchmark, at a length that fits its other rows.
-GLYPHS_MAML = replace(
-    MAML,
-    data=GLYPHS.data,
-    episodes=GLYPHS.episodes,
-    meta=replace(MAML.meta, n_tasks=7_200, validation_tasks=300, validate_every=720),
-)
-
-PRESETS: dict[str, Config] = {
-    "paper": Config(),
-    "glyphs": GLYPHS,
-    "glyphs-quick": GLYPHS_QUICK,
-    "glyphs-maml": GLYPHS_MAML,
-    "maml": MAML,
-    "maml-deep": MAML_DEEP,
-}
-
-
-def preset(name: str) -> Config:
-    """The recipe of that name.
-
-    Raises:
-        InputError: there is none.
-    """
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r} is unknown; choose one of: {', '.join(PRESETS)}")
-    return PRESETS[name]

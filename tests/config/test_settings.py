@@ -1,8 +1,7 @@
-"""Settings: the recipes' numbers, the way to JSON and back, what is out of range."""
+"""Settings: the way to JSON and back, what is out of range, what differs."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -11,79 +10,18 @@ from typing import Any
 
 import pytest
 
-from mtl_fast.config import PRESETS, Config, DataConfig, EncoderConfig, MetaConfig, preset
+from mtl_fast.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EpisodeConfig,
+    InnerConfig,
+    MetaConfig,
+    different_settings,
+    preset,
+)
 from mtl_fast.errors import InputError
-from mtl_fast.training.meta_checks import check_rounds
-
-# The recipe `paper`, number by number.
-PAPER = {
-    "data.mean": (125.3, 123.0, 113.9),
-    "data.std": (63.0, 62.1, 66.7),
-    "encoder.name": "resnet12",
-    "encoder.form": "common",
-    "encoder.widths": (64, 128, 256, 512),
-    "encoder.dropout": 0.1,
-    "encoder.shortcut_scale_shift": False,
-    "pretrain.optimizer": "sgd",
-    "pretrain.lr": 0.1,
-    "pretrain.warmup_epochs": 0.0,
-    "pretrain.weight_decay": 5e-4,
-    "pretrain.batch_size": 128,
-    "pretrain.epochs": 100,
-    "pretrain.crop": "resized",
-    "pretrain.flip": True,
-    "pretrain.jitter": 0.4,
-    "pretrain.validation_tasks": 600,
-    "pretrain.validate_every": 1,
-    "episodes.n_way": 5,
-    "episodes.n_shot": 1,
-    "episodes.n_query": 15,
-    "episodes.n_query_train": None,
-    "inner.adapt": "head",
-    "inner.lr": 0.05,
-    "inner.train_steps": 20,
-    "inner.test_steps": 100,
-    "inner.order": "second",
-    "inner.checkpoint": False,
-    "meta.learn": "scale_shift",
-    "meta.last_block_only": False,
-    "meta.granularity": "kernel",
-    "meta.shift": "every",
-    "meta.train_affine": False,
-    "meta.norm": "frozen",
-    "meta.lr": 1e-3,
-    "meta.head_lr": 1e-3,
-    "meta.decay_every": 1000,
-    "meta.lr_floor": 1e-4,
-    "meta.tasks_per_update": 2,
-    "meta.n_tasks": 2 * (10_000 + 5_000),
-    "meta.hard": "resample",
-    "meta.random_tasks_per_round": 20,
-    "meta.hard_tasks_per_round": 10,
-    "meta.validation_tasks": 600,
-    "meta.images_per_chunk": None,
-    "evaluation.n_tasks": 600,
-    "evaluation.split": "test",
-    "evaluation.mirror_support": False,
-}
-
-# What `maml` changes; `maml-deep` keeps the network of `paper`.
-MAML = {
-    "inner.adapt": "all",
-    "inner.lr": 0.01,
-    "inner.train_steps": 5,
-    "inner.test_steps": 10,
-    "meta.learn": "weights",
-    "meta.norm": "episode",
-    "meta.lr_floor": 1e-3,  # as high as the rates: no decay
-    "meta.tasks_per_update": 4,
-    "meta.n_tasks": 4 * 60_000,
-    "meta.hard": "none",
-    "meta.random_tasks_per_round": 24,
-    "meta.hard_tasks_per_round": 12,
-}
-CONV4 = {"encoder.name": "conv4", "encoder.widths": (32,), "encoder.dropout": 0.0}
-DEEP = {"inner.checkpoint": True, "meta.images_per_chunk": 80}
 
 
 def setting(config: Config, name: str) -> Any:
@@ -97,68 +35,12 @@ def with_setting(name: str, value: Any, base: Config | None = None) -> Config:
     return replace(base, **{part: replace(getattr(base, part), **{field: value}) if field else value})
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_default_is_the_recipe_of_the_paper(name: str) -> None:
-    assert setting(preset("paper"), name) == PAPER[name]
-    assert type(setting(preset("paper"), name)) is type(PAPER[name])
-
-
-def test_every_number_of_the_recipe_is_pinned() -> None:
-    named = {
-        f"{part}.{field}"
-        for part, values in dataclasses.asdict(Config()).items()
-        if isinstance(values, dict)
-        for field in values
-    }
-    # Where images come from, how the head starts and how often it is looked at are no part of the recipe.
-    where = {f"data.{name}" for name in ("source", "image_size", "channel_order", "crop_to_box")}
-    assert named - set(PAPER) == where | {"meta.head_init", "meta.validate_every"}
-    assert Config() == preset("paper")
-    assert Config().seed == 0
-
-
-@pytest.mark.parametrize(("name", "changes"), [("maml", MAML | CONV4), ("maml-deep", MAML | DEEP)])
-def test_the_recipes_of_maml_number_by_number(name: str, changes: dict[str, Any]) -> None:
-    for key, value in (PAPER | changes).items():
-        assert setting(preset(name), key) == value, key
-
-
-def test_maml_on_the_embedded_benchmark_differs_in_data_and_length_only() -> None:
-    glyphs, maml = preset("glyphs-maml"), preset("maml")
-    assert glyphs.data == preset("glyphs").data
-    assert glyphs.episodes == preset("glyphs").episodes
-    same_length = {key: getattr(maml.meta, key) for key in ("n_tasks", "validation_tasks", "validate_every")}
-    assert (
-        replace(glyphs, data=maml.data, episodes=maml.episodes, meta=replace(glyphs.meta, **same_length))
-        == maml
-    )
-
-
-@pytest.mark.parametrize("name", ["maml", "maml-deep", "glyphs-maml"])
-def test_hard_tasks_of_maml_divide_into_updates(name: str) -> None:
-    check_rounds(replace(preset(name).meta, hard="resample"))
-
-
 @pytest.mark.parametrize(
     "changes", [{"learn": "scale_shift"}, {"learn": "head"}, {"last_block_only": True}], ids=str
 )
 def test_an_inner_loop_of_all_weights_learns_where_all_start(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"inner\.adapt is 'all': .* set meta\.learn to weights"):
         replace(preset("maml"), meta=replace(preset("maml").meta, **changes))
-
-
-def test_the_embedded_recipes_are_one_family() -> None:
-    full, quick = preset("glyphs"), preset("glyphs-quick")
-    assert quick.meta.n_tasks < full.meta.n_tasks
-    assert quick.data == full.data
-    assert full.data.source.startswith("glyphs")
-    assert full.episodes == quick.episodes
-    assert full.episodes.n_way == 5
-
-
-def test_an_unknown_recipe_is_named() -> None:
-    with pytest.raises(InputError, match="preset 'papper' is unknown; choose one of: paper, glyphs, "):
-        preset("papper")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -207,7 +89,24 @@ def test_a_setting_that_does_not_exist_is_named(values: dict[str, Any], says: st
         ("encoder", EncoderConfig("resnet25"), "encoder.widths has 4 numbers; resnet25 takes 3, one a stage"),
         ("meta.shift", "stem", "meta.shift is 'stem'; choose one of: every, biased"),
         ("encoder.form", "pytorch", "encoder.form is 'pytorch'"),
-        ("pretrain.optimizer", "adam", "pretrain.optimizer is 'adam'; choose one of: sgd, adamw"),
+        ("pretrain.optimizer", "lion", "pretrain.optimizer is 'lion'; choose one of: sgd, adam, adamw"),
+        ("pretrain.schedule", "linear", "pretrain.schedule is 'linear'; choose one of: cosine, steps"),
+        ("pretrain.keep", "first", "pretrain.keep is 'first'; choose one of: best, last"),
+        ("pretrain.decay", 1.5, "pretrain.decay is 1.5; it must be in 0..1"),
+        ("pretrain.decay_every", 0, "pretrain.decay_every is 0"),
+        ("pretrain.n_updates", 0, "pretrain.n_updates is 0; it must be at least 1"),
+        ("pretrain.head_width", 0, "pretrain.head_width is 0"),
+        ("pretrain.crop_size", 0, "pretrain.crop_size is 0"),
+        ("data.centre_crop", 0, "data.centre_crop is 0"),
+        ("inner.test_lr", 0.0, "inner.test_lr is 0.0; it must be positive"),
+        ("meta.decay_first", 0, "meta.decay_first is 0"),
+        ("meta.hard_classes_per_task", 0, "meta.hard_classes_per_task is 0; it must be at least 1"),
+        (
+            "meta.hard_classes_per_task",
+            6,
+            "meta.hard_classes_per_task is 6; a task has 5 classes (episodes.n_way)",
+        ),
+        ("meta.hard_pool_size", 0, "meta.hard_pool_size is 0"),
         ("pretrain.lr", 0.0, "pretrain.lr is 0.0; it must be positive and finite"),
         ("pretrain.lr", -1e-3, "pretrain.lr is -0.001"),
         ("pretrain.lr", math.inf, "pretrain.lr is inf"),
@@ -296,3 +195,16 @@ def test_numbers_are_checked_by_the_whole_not_by_the_parts() -> None:
     """A part is built by the command line's parser, which would put the error into a box of its own."""
     assert MetaConfig(lr=-1.0).lr == -1.0
     assert DataConfig(std=(0.0, 0.0, 0.0)).std[0] == 0.0
+
+
+def test_what_two_settings_differ_in_is_named_in_their_order() -> None:
+    one = Config(seed=1, meta=MetaConfig(lr=0.5))
+    assert different_settings(one, Config()) == {"meta.lr": (0.5, 1e-3), "seed": (1, 0)}
+    assert different_settings(one, one) == {}
+
+
+def test_what_is_left_open_follows_what_is_given() -> None:
+    assert EpisodeConfig(n_shot=10, n_query=None).n_query_at_test == 10
+    assert EpisodeConfig(n_shot=10).n_query_at_test == 15
+    assert InnerConfig(lr=0.25).lr_at_test == 0.25
+    assert InnerConfig(lr=0.25, test_lr=0.5).lr_at_test == 0.5

@@ -1,0 +1,34 @@
+"""Every setting of a run, and the named recipes."""
+
+from .recipes import DATA, GLYPHS, GLYPHS_MAML, PRESETS, RECIPES, preset
+from .settings import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    EpisodeConfig,
+    EvaluationChanges,
+    EvaluationConfig,
+    InnerConfig,
+    MetaConfig,
+    PretrainConfig,
+    different_settings,
+)
+
+__all__ = [
+    "DATA",
+    "GLYPHS",
+    "GLYPHS_MAML",
+    "PRESETS",
+    "RECIPES",
+    "Config",
+    "DataConfig",
+    "EncoderConfig",
+    "EpisodeConfig",
+    "EvaluationChanges",
+    "EvaluationConfig",
+    "InnerConfig",
+    "MetaConfig",
+    "PretrainConfig",
+    "different_settings",
+    "preset",
+]
