@@ -30,8 +30,8 @@ COMMAND = "make shipped-model"
 def packed(model: Model) -> dict[str, Tensor]:
     """The tensors of a model with Φ_S1 a kernel, its scaled convolutions in a quarter of their size.
 
-    W ⊙ Φ_S1 ≈ Q ⊙ s: Q int8 in -127..127 stands where W stood, s [O, 1, 1, 1], one step a filter, where Φ_S1 did. Loading
-    turns Q into floats, so that what comes out is an ordinary model with Φ_S1 a filter.
+    W ⊙ Φ_S1 ≈ Q ⊙ s: Q int8 in -127..127 stands where W stood, s [O, 1, 1, 1], one step a filter, where Φ_S1 did.
+    `load_model` multiplies them, so that what comes out is an ordinary model whose Φ_S1 is 1.
     """
     tensors = weights_of(model.encoder, model.head)
     for name, scale in list(tensors.items()):

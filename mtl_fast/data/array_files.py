@@ -15,7 +15,6 @@ from mtl_fast.errors import InputError
 _WAY_OUT = "get the file again"
 
 
-
 def entry(values: Any, key: str, where: Path) -> Any:
     """``values[key]`` of a loaded file.
 

@@ -25,7 +25,9 @@ class LinearHead(nn.Module):
     ) -> None:
         super().__init__()
         if feature_dim < 1 or n_way < 1:
-            raise ValueError(f"feature_dim and n_way: expected at least 1 each, got {feature_dim} and {n_way}")
+            raise ValueError(
+                f"feature_dim and n_way: expected at least 1 each, got {feature_dim} and {n_way}"
+            )
         if init not in ("normal", "zeros"):
             raise ValueError(f"init: {init!r} is neither normal nor zeros")
         self.weight = nn.Parameter(torch.zeros(n_way, feature_dim))

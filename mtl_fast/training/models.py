@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..data.store import ImageStore
 from ..engine.base import NormMode
 from ..engine.inputs import Preprocess
 from ..errors import InputError
-from ..nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25
+from ..nn import Conv4, Encoder, LinearHead, ResNet12, ResNet25, ScaleShiftConv2d
 from ..random_streams import RandomStreams
 from . import checkpoint
 
@@ -288,9 +289,23 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", kind: st
         n_way, feature_dim = tensors["head.weight"].shape
         head = LinearHead(feature_dim, n_way, init="zeros").to(device)
     load_weights(tensors, encoder, head)
+    _unpack(tensors, encoder)
     encoder.eval()
     encoder.freeze()
     return Model(config, encoder.to(device), head, meta["image_size"], meta, path)
+
+
+@torch.no_grad()
+def _unpack(tensors: Mapping[str, Tensor], encoder: Encoder) -> None:
+    """W ← Q ⊙ Φ_S1 and Φ_S1 ← 1 where a file holds a weight as steps Q in eight bits, as `tools/ship_model.py` writes.
+
+    What was learned is then in the weights, and a Φ that starts anew starts from it.
+    """
+    for name, module in encoder.named_modules():
+        if isinstance(module, ScaleShiftConv2d) and tensors[f"encoder.{name}.weight"].dtype == torch.int8:
+            assert module.scale is not None
+            module.weight.mul_(module.scale)
+            module.scale.fill_(1)
 
 
 def split_for(model: Model, data: str | None, split: str) -> ImageStore:

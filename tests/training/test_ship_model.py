@@ -76,15 +76,26 @@ def test_packing_moves_each_weight_by_half_a_step_at_most(
         if layer not in scaled or not name.endswith((".weight", ".scale")):
             assert torch.equal(tensor, after[name]), name
         elif name.endswith(".weight"):
-            step = after[layer + "scale"]
-            assert step.shape == (len(tensor), 1, 1, 1)
-            assert bool((after[name].abs().amax(dim=(1, 2, 3)) == 127).all()), "all of the eight bits"
-            error = (tensor * before[layer + "scale"] - after[name] * step).abs()
+            assert torch.equal(after[layer + "scale"], torch.ones(len(tensor), 1, 1, 1))
+            step = after[name].abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+            error = (tensor * before[layer + "scale"] - after[name]).abs()
             assert bool((error <= step * (0.5 + 1e-5)).all()), name
     images = tiny.split("test").images[:40]
     features = [m.encoder(images.permute(0, 3, 1, 2).float() / 64 - 2) for m in (model, small)]
     # Twelve layers, an eighth of a percent of each filter's largest weight in each.
     assert float((features[0] - features[1]).norm() / features[0].norm()) < 0.05
+
+
+@torch.no_grad()
+def test_a_scale_that_starts_anew_starts_from_what_was_learned() -> None:
+    model = load_model(SHIPPED)
+    pixels = tiny.split("test").images[:4].permute(0, 3, 1, 2).float() / 64 - 2
+    before = model.encoder(pixels)
+    model.encoder.enable_scale_shift("kernel")
+    # Scales are 1 in the file's network too; only what the shift learned is dropped.
+    after = model.encoder(pixels)
+    assert bool(torch.isfinite(after).all())
+    assert float((after - before).norm() / before.norm()) < 0.5
 
 
 def test_a_filter_of_zeros_packs(tool: ModuleType, meta_trained: Path) -> None:
