@@ -237,7 +237,11 @@ class Experiment:
         folder = self.folder(row, n_shot, lr) if row.meta_trained else self.pretrain_folder
         if not (folder / "model.safetensors").exists():
             return None
-        return self._finished_test(load_model(folder, device=self.device), row, n_shot, lr, n_tasks)
+        model = load_model(folder, device=self.device)
+        wanted = self.settings(row, n_shot, lr=lr) if row.meta_trained else self.with_shot(1)
+        if replace(model.config, device=wanted.device) != wanted:
+            return None
+        return self._finished_test(model, row, n_shot, lr, n_tasks)
 
     def _test_folder(self, row: Row, n_shot: int, lr: float | None) -> Path:
         return self.output / "test" / _name(row, n_shot, lr)
@@ -266,7 +270,7 @@ class Experiment:
             return None
         tensors, meta = checkpoint.load(file)
         facts = self._test_facts(model, row, n_shot, n_tasks)
-        if checkpoint.first_difference(meta.get("facts", {}), facts):
+        if checkpoint.first_difference(_with_defaults(meta.get("facts", {})), facts):
             return None
         n_learned, n_total = _sizes(model)
         n_head = (model.encoder.feature_dim + 1) * model.config.episodes.n_way
@@ -282,6 +286,15 @@ class Experiment:
             model.meta.get("seconds", math.nan) if row.meta_trained else meta["seconds"]["inner loop chosen"],
             meta["seconds"]["test"],
         )
+
+
+def _with_defaults(facts: dict[str, Any]) -> dict[str, Any]:
+    """A test's facts as this version would write them: settings that came later had their defaults."""
+    if "config" not in facts:
+        return facts
+    config = dataclasses.asdict(Config.from_dict(facts["config"]))
+    del config["device"]
+    return facts | {"config": config}
 
 
 def _name(row: Row, n_shot: int, lr: float | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine.evaluate import embed_episodes, evaluate, fit_and_score
 from mtl_fast.nn import LinearHead
+from mtl_fast.training import checkpoint
 from mtl_fast.training import experiment as module
 from mtl_fast.training.experiment import Experiment
 from mtl_fast.training.models import preprocess_of
@@ -218,6 +219,25 @@ def test_an_outcome_is_read_only_where_weights_settings_and_tasks_are_the_same(
     monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1),))
     assert experiment.finished(UPDATE_HEAD, 1) is None
     assert experiment.outcome(UPDATE_HEAD, 1).inner == (0.01, 1)
+
+
+def test_a_model_of_other_settings_is_not_what_was_asked_for(loaded: list[str], tmp_path: Path) -> None:
+    Experiment(CONFIG, tmp_path).outcome(SS, 1)
+    assert Experiment(replace(CONFIG, device="auto"), tmp_path).finished(SS, 1) is not None
+    assert Experiment(tiny.with_meta(CONFIG, n_tasks=8), tmp_path).finished(SS, 1) is None
+
+
+def test_a_test_from_before_a_setting_was_there_is_still_read(loaded: list[str], tmp_path: Path) -> None:
+    experiment = Experiment(CONFIG, tmp_path)
+    outcome = experiment.outcome(SS, 1)
+    file = tmp_path / "test" / "ss-1shot" / "evaluation.safetensors"
+    tensors, meta = checkpoint.load(file)
+    assert meta["facts"]["config"]["evaluation"].pop("mirror_support") is False
+    checkpoint.save(file, tensors, meta)
+    assert experiment.finished(SS, 1) == outcome
+    meta["facts"]["config"]["evaluation"]["mirror_support"] = True
+    checkpoint.save(file, tensors, meta)
+    assert experiment.finished(SS, 1) is None
 
 
 def test_what_is_counted_as_learned(loaded: list[str], tmp_path: Path) -> None:
