@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Name of the markers → where the text comes from, and the command that makes it.
 SECTIONS = {
     "results": ("docs/results/results.md", "make results"),
+    "ablation": ("docs/ablation/ablation.md", "make ablation"),
     "speed": ("bench/results/speed.md", "python -m bench page bench/results/cpu.jsonl"),
 }
 
