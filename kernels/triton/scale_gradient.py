@@ -25,15 +25,11 @@ from .partial_sums import products_sum_launch
 
 
 @triton.jit
-def advanced(image, row, column, height, width, images, rows, columns):
-    """Pixel positions some whole images, rows and columns on, without a division."""
-    column += columns
-    wraps = column >= width
-    column -= tl.where(wraps, width, 0)
-    row += rows + wraps.to(tl.int32)
-    wraps = row >= height
-    row -= tl.where(wraps, height, 0)
-    return image + images + wraps.to(tl.int32), row, column
+def valid(o_n, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which offsets lie below N; where blocks divide N all do, and no mask is left of it."""
+    if N % BLOCK_N == 0:
+        return tl.full((BLOCK_N,), True, tl.int1)
+    return o_n < N
 
 
 @triton.jit
@@ -44,65 +40,64 @@ def scale_gradient_kernel(
     p_lost,
     p_partial,
     n_pixels,
-    height,
-    width,
-    in_height,
-    in_width,
-    n_out,
-    n_in,
-    padding,
     n_chunks,
+    n_steps,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDING: tl.constexpr,
+    N_OUT: tl.constexpr,
+    N_IN: tl.constexpr,
     N_TAPS: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    n_i = tl.cdiv(n_in, BLOCK_I)
+    n_i: tl.constexpr = (N_IN + BLOCK_I - 1) // BLOCK_I
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    o_o = tile // n_i * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_i = tile % n_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    m_o, m_i = o_o < n_out, o_i < n_in
+    first_o, first_i = tile // n_i * BLOCK_O, tile % n_i * BLOCK_I
+    # Offsets count from the tile's corner: the compiler then folds them into the instructions that load.
+    o_o, o_i = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
+    m_o, m_i = valid(first_o + o_o, N_OUT, BLOCK_O), valid(first_i + o_i, N_IN, BLOCK_I)
+    p_x += first_i
+    p_grad += first_o
+    p_taps += first_o.to(tl.int64) * (N_TAPS * N_TAPS * N_IN) + first_i
     last = (split + 1) * n_chunks
     if p_lost is not None:
         # Nothing to do where the saved output serves all channels of this tile.
-        b_lost = tl.load(p_lost + o_o, mask=m_o, other=0).to(tl.int32)
+        b_lost = tl.load(p_lost + first_o + o_o, mask=m_o, other=0).to(tl.int32)
         last = tl.where(tl.max(b_lost, 0) > 0, last, split * n_chunks)
-    rest = BLOCK_K % (height * width)
-    images, rows, columns = BLOCK_K // (height * width), rest // width, rest % width
+    IN_HEIGHT: tl.constexpr = HEIGHT + N_TAPS - 1 - 2 * PADDING
+    IN_WIDTH: tl.constexpr = WIDTH + N_TAPS - 1 - 2 * PADDING
     b_scale = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for chunk in range(split * n_chunks, last):
-        o_first = chunk * CHUNK + tl.arange(0, BLOCK_K)
         for tap in range(N_TAPS * N_TAPS):
-            down, right = tap // N_TAPS - padding, tap % N_TAPS - padding
-            o_m = o_first
-            image, row, column = o_m // width // height, o_m // width % height, o_m % width
+            down, right = tap // N_TAPS - PADDING, tap % N_TAPS - PADDING
             b_acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-            for _ in range(CHUNK // BLOCK_K):
+            for step in range(n_steps):
+                o_m = (chunk * n_steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
                 m_m = o_m < n_pixels
-                o_row, o_column = row + down, column + right
-                m_x = m_m & (o_row >= 0) & (o_row < in_height) & (o_column >= 0) & (o_column < in_width)
-                o_x = ((image * in_height + o_row) * in_width + o_column).to(tl.int64)
-                p_b_grad = p_grad + o_m.to(tl.int64)[:, None] * n_out + o_o[None, :]
+                # The size of the maps is known when this is compiled: these are multiplications.
+                o_row, o_column = o_m // WIDTH % HEIGHT + down, o_m % WIDTH + right
+                m_x = m_m & (o_row >= 0) & (o_row < IN_HEIGHT) & (o_column >= 0) & (o_column < IN_WIDTH)
+                o_x = (o_m // (WIDTH * HEIGHT) * IN_HEIGHT + o_row) * IN_WIDTH + o_column
+                p_b_grad = p_grad + o_m.to(tl.int64)[:, None] * N_OUT + o_o[None, :]
                 b_grad = tl.load(p_b_grad, mask=m_m[:, None] & m_o[None, :], other=0.0)
-                p_b_x = p_x + o_x[:, None] * n_in + o_i[None, :]
+                p_b_x = p_x + o_x.to(tl.int64)[:, None] * N_IN + o_i[None, :]
                 b_x = tl.load(p_b_x, mask=m_x[:, None] & m_i[None, :], other=0.0)
                 # [BLOCK_O, BLOCK_K] @ [BLOCK_K, BLOCK_I] -> [BLOCK_O, BLOCK_I]
                 b_acc = tl.dot(tl.trans(b_grad), b_x, b_acc, input_precision=PRECISION)
-                o_m += BLOCK_K
-                image, row, column = advanced(image, row, column, height, width, images, rows, columns)
-            p_w = p_taps + (o_o[:, None].to(tl.int64) * (N_TAPS * N_TAPS) + tap) * n_in + o_i[None, :]
+            p_w = p_taps + tap * N_IN + o_o[:, None] * (N_TAPS * N_TAPS * N_IN) + o_i[None, :]
             b_w = tl.load(p_w, mask=m_o[:, None] & m_i[None, :], other=0.0)
             b_scale += b_acc * b_w.to(tl.float32)
     if p_lost is not None:
         # [splits · tiles of i, O]
-        p_own = p_partial + (split * n_i + tile % n_i).to(tl.int64) * n_out
+        p_own = p_partial + (split * n_i + tile % n_i).to(tl.int64) * N_OUT + first_o
         tl.store(p_own + o_o, tl.sum(b_scale, 1), mask=m_o)
     else:
-        p_own = p_partial + (split.to(tl.int64) * n_out + o_o[:, None]) * n_in + o_i[None, :]
-        tl.store(p_own, b_scale, mask=m_o[:, None] & m_i[None, :])
+        p_own = p_partial + (split.to(tl.int64) * N_OUT + first_o) * N_IN + first_i
+        tl.store(p_own + o_o[:, None] * N_IN + o_i[None, :], b_scale, mask=m_o[:, None] & m_i[None, :])
 
 
 @triton.jit
@@ -113,13 +108,11 @@ def image_scale_gradient_kernel(
     p_lost,
     p_partial,
     n_pixels,
-    height,
-    width,
-    in_height,
-    in_width,
-    n_out,
-    padding,
-    n_blocks,
+    n_steps,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDING: tl.constexpr,
+    N_OUT: tl.constexpr,
     N_IN: tl.constexpr,
     N_TAPS: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -132,37 +125,34 @@ def image_scale_gradient_kernel(
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     o_j = tl.arange(0, BLOCK_J)
     N_COLUMNS: tl.constexpr = N_TAPS * N_TAPS * N_IN
-    m_o, m_j = o_o < n_out, o_j < N_COLUMNS
+    m_o, m_j = o_o < N_OUT, o_j < N_COLUMNS
     o_i, tap = o_j % N_IN, o_j // N_IN
-    down, right = (tap // N_TAPS - padding)[None, :], (tap % N_TAPS - padding)[None, :]
-    n_steps = n_blocks
+    down, right = (tap // N_TAPS - PADDING)[None, :], (tap % N_TAPS - PADDING)[None, :]
+    IN_HEIGHT: tl.constexpr = HEIGHT + N_TAPS - 1 - 2 * PADDING
+    IN_WIDTH: tl.constexpr = WIDTH + N_TAPS - 1 - 2 * PADDING
+    last = (split + 1) * n_steps
     if p_lost is not None:
         b_lost = tl.load(p_lost + o_o, mask=m_o, other=0).to(tl.int32)
-        n_steps = tl.where(tl.max(b_lost, 0) > 0, n_blocks, 0)
-    rest = BLOCK_K % (height * width)
-    images, rows, columns = BLOCK_K // (height * width), rest // width, rest % width
-    o_m = split * n_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    image, row, column = o_m // width // height, o_m // width % height, o_m % width
+        last = tl.where(tl.max(b_lost, 0) > 0, last, split * n_steps)
     b_acc = tl.zeros((BLOCK_O, BLOCK_J), tl.float32)
-    for _ in range(n_steps):
+    for step in range(split * n_steps, last):
+        o_m = step * BLOCK_K + tl.arange(0, BLOCK_K)
         m_m = (o_m < n_pixels)[:, None]
-        o_row, o_column = row[:, None] + down, column[:, None] + right
-        m_x = (o_row >= 0) & (o_row < in_height) & (o_column >= 0) & (o_column < in_width)
-        o_x = ((image[:, None] * in_height + o_row) * in_width + o_column).to(tl.int64)
-        p_b_grad = p_grad + o_m.to(tl.int64)[:, None] * n_out + o_o[None, :]
+        o_row, o_column = (o_m // WIDTH % HEIGHT)[:, None] + down, (o_m % WIDTH)[:, None] + right
+        m_x = m_m & (o_row >= 0) & (o_row < IN_HEIGHT) & (o_column >= 0) & (o_column < IN_WIDTH)
+        o_x = ((o_m // (WIDTH * HEIGHT))[:, None] * IN_HEIGHT + o_row) * IN_WIDTH + o_column
+        p_b_grad = p_grad + o_m.to(tl.int64)[:, None] * N_OUT + o_o[None, :]
         b_grad = tl.load(p_b_grad, mask=m_m & m_o[None, :], other=0.0)
-        b_x = tl.load(p_x + o_x * N_IN + o_i[None, :], mask=m_m & m_x & m_j[None, :], other=0.0)
+        b_x = tl.load(p_x + o_x.to(tl.int64) * N_IN + o_i[None, :], mask=m_x & m_j[None, :], other=0.0)
         # [BLOCK_O, BLOCK_K] @ [BLOCK_K, BLOCK_J] -> [BLOCK_O, BLOCK_J]
         b_acc = tl.dot(tl.trans(b_grad), b_x, b_acc, input_precision=PRECISION)
-        o_m += BLOCK_K
-        image, row, column = advanced(image, row, column, height, width, images, rows, columns)
     p_w = p_taps + o_o[:, None].to(tl.int64) * N_COLUMNS + o_j[None, :]
     b_w = tl.load(p_w, mask=m_o[:, None] & m_j[None, :], other=0.0)
     b_product = b_acc * b_w.to(tl.float32)
     if p_lost is not None:
-        tl.store(p_partial + split.to(tl.int64) * n_out + o_o, tl.sum(b_product, 1), mask=m_o)
+        tl.store(p_partial + split.to(tl.int64) * N_OUT + o_o, tl.sum(b_product, 1), mask=m_o)
     else:
-        p_own = p_partial + (split.to(tl.int64) * n_out + o_o) * N_IN
+        p_own = p_partial + (split.to(tl.int64) * N_OUT + o_o) * N_IN
         for i in tl.static_range(N_IN):
             b_own = tl.where((o_i == i)[None, :], b_product, 0.0)
             tl.store(p_own + i, tl.sum(b_own, 1), mask=m_o)
@@ -175,7 +165,7 @@ class ProductConfig:
     Attributes:
         block_o, block_i: a tile of [O, I].
         block_k: pixels a step of the main loop.
-        chunk: pixels whose products one tap sums before they are folded with W.
+        chunk: steps at most whose products one tap sums before they are folded with W.
         num_warps, num_stages: as Triton names them.
     """
 
@@ -193,33 +183,26 @@ PROGRAMS = 264
 IMAGE_COLUMNS = 32
 
 
-def product_config(n_out: int, n_in: int, n_pixels: int, dtype: torch.dtype) -> ProductConfig:
-    """The configuration for a layer of so many channels and pixels of all images.
+def product_config(n_out: int, n_in: int, dtype: torch.dtype) -> ProductConfig:
+    """The configuration for a layer of so many channels.
 
-    Tiles are as wide as the channels fill them: 128 on multiples of 128, else 64, where 160 fills 83 % of 192. Both
-    accumulators of a tile of 128 take 64 registers a thread of 256 each. A chunk makes up for its fold with W, one
-    multiply-add and 4 bytes of W a value; it is shorter where the pixels would not fill `PROGRAMS` programs.
+    Tiles are as wide as the channels fill them: 128 output channels on multiples of 128, else 64, where 160 fills
+    83 % of 192; 64 input channels, because two accumulators and W of 128×128 spill. A chunk makes up for its fold
+    with W, a multiply-add and 4 bytes of W a value of the tile.
     """
-    block_o, block_i = _block(n_out), _block(n_in)
+    block_o = 128 if n_out % 128 == 0 else _block(n_out)
     block_k = 32 if dtype == torch.float32 else 64
-    large = block_o * block_i > 64 * 64
-    share = n_pixels * -(-n_out // block_o) * -(-n_in // block_i) // PROGRAMS
-    chunk = 512 if large else 256
-    while chunk > max(share, 2 * block_k):
-        chunk //= 2
-    return ProductConfig(block_o, block_i, block_k, chunk, num_warps=8 if large else 4, num_stages=3)
+    return ProductConfig(block_o, _block(n_in), block_k, 512 // block_k, num_warps=8, num_stages=3)
 
 
 def _block(n_channels: int) -> int:
-    if n_channels % 128 == 0:
-        return 128
     return min(64, max(16, triton.next_power_of_2(n_channels)))
 
 
 def image_config(n_out: int, dtype: torch.dtype) -> ProductConfig:
-    """The configuration for few input channels: no chunks, one accumulator; its loads of x are single values."""
+    """The configuration for few input channels: one chunk, folded at the end; its loads of x are single values."""
     block_k = 32 if dtype == torch.float32 else 64
-    return ProductConfig(min(64, _block(n_out)), IMAGE_COLUMNS, block_k, block_k, num_warps=4, num_stages=3)
+    return ProductConfig(_block(n_out), IMAGE_COLUMNS, block_k, 2**30, num_warps=4, num_stages=3)
 
 
 def scale_gradient(
@@ -269,106 +252,71 @@ def _run(
     lost: Tensor | None,
     out: Tensor,
 ) -> None:
-    few = taps[0].numel() <= IMAGE_COLUMNS
     partial = None
     if grad.numel():
-        launch, partial = (_image_launch if few else _product_launch)(x, grad, taps, padding, lost)
+        launch, partial = _product_launch(x, grad, taps, padding, lost)
         launch.run()
     products_sum_launch(partial, norm=norm, lost=lost, out=out).run()
 
 
-def _shares(n_pixels: int, n_tiles: int, each: int) -> tuple[int, int]:
-    """(shares of the pixels, pieces of `each` pixels in one)."""
-    pieces = -(-n_pixels // each)
-    in_one = -(-pieces // max(1, PROGRAMS // n_tiles))
-    return -(-pieces // in_one), in_one
+def _shares(n_pixels: int, n_tiles: int, config: ProductConfig) -> tuple[int, int, int]:
+    """(shares of the pixels, chunks of a share, steps of a chunk): shares fill `PROGRAMS`, chunks are alike."""
+    steps = -(-n_pixels // config.block_k)
+    in_share = -(-steps // max(1, PROGRAMS // n_tiles))
+    n_chunks = -(-in_share // config.chunk)
+    n_steps = -(-in_share // n_chunks)
+    return -(-steps // (n_chunks * n_steps)), n_chunks, n_steps
 
 
 def _product_launch(
     x: Tensor, grad: Tensor, taps: Tensor, padding: int, lost: Tensor | None
 ) -> tuple[Launch, Tensor]:
+    """The launch and the partial sums that it writes."""
     n_out, side, _, n_in = taps.shape
+    few = n_in * side**2 <= IMAGE_COLUMNS
+    config = image_config(n_out, x.dtype) if few else product_config(n_out, n_in, x.dtype)
+    tiles_o = -(-n_out // config.block_o)
+    tiles_i = 1 if few else -(-n_in // config.block_i)
     n_pixels = grad[:, 0].numel()
-    config = product_config(n_out, n_in, n_pixels, x.dtype)
-    tiles = -(-n_out // config.block_o), -(-n_in // config.block_i)
-    shares, n_chunks = _shares(n_pixels, tiles[0] * tiles[1], config.chunk)
-    shape = (shares, n_out, n_in) if lost is None else (shares * tiles[1], n_out)
+    shares, n_chunks, n_steps = _shares(n_pixels, tiles_o * tiles_i, config)
+    shape = (shares, n_out, n_in) if lost is None else (shares * tiles_i, n_out)
     partial = torch.empty(shape, device=x.device)
-    launch = Launch(
-        kernel=scale_gradient_kernel,
-        grid=(tiles[0] * tiles[1], shares),
-        arguments=dict(
-            **_operands(x, grad, taps, lost, partial),
-            n_out=n_out,
-            n_in=n_in,
-            padding=padding,
-            n_chunks=n_chunks,
-        ),
-        constants={
-            "N_TAPS": side,
-            "CHUNK": config.chunk,
-            "BLOCK_O": config.block_o,
-            "BLOCK_I": config.block_i,
-            "BLOCK_K": config.block_k,
-            "PRECISION": "tf32",
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        work=_work(
-            x, grad, taps, lost, partial, side**2 * tiles[0] * tiles[1] * (config.block_o + config.block_i)
-        ),
+    columns = "BLOCK_J" if few else "BLOCK_I"
+    per_pixel = (
+        tiles_o * (config.block_o + side**2 * n_in)
+        if few
+        else side**2 * tiles_o * tiles_i * (config.block_o + config.block_i)
     )
-    return launch, partial
-
-
-def _image_launch(
-    x: Tensor, grad: Tensor, taps: Tensor, padding: int, lost: Tensor | None
-) -> tuple[Launch, Tensor]:
-    n_out, side, _, n_in = taps.shape
-    config = image_config(n_out, x.dtype)
-    n_tiles = -(-n_out // config.block_o)
-    shares, n_blocks = _shares(grad[:, 0].numel(), n_tiles, config.block_k)
-    shape = (shares, n_out, n_in) if lost is None else (shares, n_out)
-    partial = torch.empty(shape, device=x.device)
     launch = Launch(
-        kernel=image_scale_gradient_kernel,
-        grid=(n_tiles, shares),
-        arguments=dict(
-            **_operands(x, grad, taps, lost, partial),
-            n_out=n_out,
-            padding=padding,
-            n_blocks=n_blocks,
-        ),
+        kernel=image_scale_gradient_kernel if few else scale_gradient_kernel,
+        grid=(tiles_o * tiles_i, shares),
+        arguments={
+            "p_x": x,
+            "p_grad": grad,
+            "p_taps": taps,
+            "p_lost": lost,
+            "p_partial": partial,
+            "n_pixels": n_pixels,
+            **({} if few else {"n_chunks": n_chunks}),
+            "n_steps": n_steps,
+        },
         constants={
+            "HEIGHT": grad.shape[2],
+            "WIDTH": grad.shape[3],
+            "PADDING": padding,
+            "N_OUT": n_out,
             "N_IN": n_in,
             "N_TAPS": side,
             "BLOCK_O": config.block_o,
-            "BLOCK_J": config.block_i,
+            columns: config.block_i,
             "BLOCK_K": config.block_k,
             "PRECISION": "tf32",
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        work=_work(x, grad, taps, lost, partial, n_tiles * (config.block_o + side**2 * n_in)),
+        work=_work(x, grad, taps, lost, partial, per_pixel),
     )
     return launch, partial
-
-
-def _operands(
-    x: Tensor, grad: Tensor, taps: Tensor, lost: Tensor | None, partial: Tensor
-) -> dict[str, Tensor | int | None]:
-    return {
-        "p_x": x,
-        "p_grad": grad,
-        "p_taps": taps,
-        "p_lost": lost,
-        "p_partial": partial,
-        "n_pixels": grad[:, 0].numel(),
-        "height": grad.shape[2],
-        "width": grad.shape[3],
-        "in_height": x.shape[2],
-        "in_width": x.shape[3],
-    }
 
 
 def _work(
