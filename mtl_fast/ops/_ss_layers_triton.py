@@ -81,10 +81,9 @@ LAYER = (
     "float {0}eps, Tensor? {0}scale, Tensor? {0}shift, int {0}padding"
 )
 LIBRARY.define(
-    "triton_refresh(Tensor[] weights, Tensor?[] vectors, float[] eps, ScalarType dtype) -> Tensor[]"
+    "triton_refresh(Tensor frozen, Tensor values, int[] shapes, float[] eps, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)"
 )
-# Tensors of a layer beside its weight, in the order in which `triton_refresh` takes them.
-VECTORS = ("bias", "scale", "shift", "mean", "var", "gamma", "beta")
 N_LAYER = len(Layer._fields)
 
 
@@ -117,10 +116,17 @@ def runs(
 
 
 def vectors(conv: ConvOperands) -> dict[str, Tensor | None]:
-    """The tensors of `VECTORS` by name."""
+    """The tensors of a convolution beside its weight, by name."""
     norm = conv.norm or ChannelNorm(None, None)
-    found = (conv.filters.bias, conv.scale, conv.shift, norm.mean, norm.var, norm.weight, norm.bias)
-    return dict(zip(VECTORS, found, strict=True))
+    return {
+        "bias": conv.filters.bias,
+        "scale": conv.scale,
+        "shift": conv.shift,
+        "mean": norm.mean,
+        "var": norm.var,
+        "gamma": norm.weight,
+        "beta": norm.bias,
+    }
 
 
 def flat(epilogue: Epilogue) -> tuple[int, float, bool]:
@@ -135,25 +141,23 @@ def unflat(activation: int, slope: float, pool: bool) -> Epilogue:
 
 def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
     """The layers as the operators take them, for images of `dtype`; their norms, where they have one, folded."""
-    named = [vectors(conv) for conv in convs]
-    eps = [0.0 if conv.norm is None else float(conv.norm.eps) for conv in convs]
+    from ..kernels.triton.effective_weights import refresh
+
     with torch.no_grad():
-        refreshed = torch.ops.mtl_fast.triton_refresh(
-            [conv.filters.weight for conv in convs], [t for n in named for t in n.values()], eps, dtype
-        )
+        refreshed = refresh(convs, dtype, fold=True, run=_refresh)
     made = []
-    for i, (conv, of_conv) in enumerate(zip(convs, named, strict=True)):
-        weight, rotated, folded = refreshed[3 * i : 3 * i + 3]
+    for conv, (weight, rotated, folded) in zip(convs, refreshed, strict=True):
         trained = torch.is_grad_enabled() and conv.scale is not None and conv.scale.requires_grad
+        norm = conv.norm or ChannelNorm(None, None, eps=0.0)
         made.append(
             Layer(
                 weight=weight,
                 rotated=rotated,
                 folded=folded,
                 taps=taps(conv.filters) if trained else None,
-                var=of_conv["var"],
-                gamma=of_conv["gamma"],
-                eps=eps[i],
+                var=norm.var,
+                gamma=norm.weight,
+                eps=float(norm.eps),
                 scale=conv.scale,
                 shift=conv.shift,
                 padding=side_padding(conv.filters),
@@ -204,28 +208,46 @@ def differentiated(
 
 
 def _refresh(
-    weights: Sequence[Tensor], flat_vectors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype
-) -> list[Tensor]:
-    from ..kernels.triton.effective_weights import refresh
+    frozen: Tensor,
+    values: Tensor,
+    shapes: Sequence[Sequence[int]],
+    eps: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`effective_weights.refresh_all` as an operator, whose shapes are plain numbers."""
+    numbers = [n for shape in shapes for n in shape]
+    return torch.ops.mtl_fast.triton_refresh(frozen, values, numbers, list(eps), dtype)
 
-    convs = []
-    for i, weight in enumerate(weights):
-        n = len(VECTORS)
-        bias, scale, shift, mean, var, gamma, beta = flat_vectors[n * i : n * (i + 1)]
-        norm = None if var is None else ChannelNorm(mean, var, gamma, beta, eps[i])
-        convs.append(ConvOperands(FrozenFilters(weight, bias), scale, shift, norm))
-    return [t for made in refresh(convs, dtype, fold=True) for t in made]
+
+def _shapes(numbers: Sequence[int]) -> list[Any]:
+    from ..kernels.triton.effective_weights import Shape
+
+    each = len(Shape._fields)
+    return [Shape(*numbers[i : i + each]) for i in range(0, len(numbers), each)]
+
+
+def _refreshed(
+    frozen: Tensor, values: Tensor, shapes: Sequence[int], eps: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.triton.effective_weights import refresh_all
+
+    return refresh_all(frozen, values, _shapes(shapes), eps, dtype)
 
 
 @torch.library.register_fake("mtl_fast::triton_refresh")
 def _(
-    weights: Sequence[Tensor], flat_vectors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype
-) -> list[Tensor]:
-    from ..kernels.triton.launch import observed
+    frozen: Tensor, values: Tensor, shapes: Sequence[int], eps: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.triton.effective_weights import aligned
 
-    # What is launched allocates by shapes alone; nothing is launched here.
-    with observed():
-        return _refresh(weights, flat_vectors, eps, dtype)
+    layers = _shapes(shapes)
+    sizes = [(s.n_forward, s.n_rotated, aligned(s.n_out)) for s in layers]
+    n_forward, n_rotated, n_shift = (sum(column) for column in zip(*sizes, strict=True))
+    return (
+        frozen.new_empty(n_forward, dtype=dtype),
+        frozen.new_empty(n_rotated, dtype=dtype),
+        frozen.new_empty(n_shift, dtype=torch.float32),
+    )
 
 
 def output_size(x: Tensor, layer: Layer) -> tuple[int, int]:
@@ -290,4 +312,4 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 for _device in ("CUDA", "CPU"):
-    LIBRARY.impl("triton_refresh", _refresh, _device)
+    LIBRARY.impl("triton_refresh", _refreshed, _device)
