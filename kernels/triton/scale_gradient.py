@@ -22,6 +22,7 @@ from ..contracts import ChannelNorm
 from .encoder_layers import DTYPES, encoder_layers
 from .launch import Launch, Work, observed
 from .partial_sums import products_sum_launch
+from .ss_conv_epilogue import precision
 
 
 @triton.jit
@@ -310,7 +311,7 @@ def _product_launch(
             "BLOCK_O": config.block_o,
             columns: config.block_i,
             "BLOCK_K": config.block_k,
-            "PRECISION": "tf32",
+            "PRECISION": precision(x.dtype),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
