@@ -1,0 +1,56 @@
+"""Every shipped launch compiles for an A100 and an H100 and passes the gates; `make gpu-proof` takes all chips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mtl_fast.kernels.triton import interpreted
+
+pytest.importorskip("triton")
+if interpreted():
+    pytest.skip("in this process kernels are interpreted, not compiled", allow_module_level=True)
+
+from mtl_fast.kernels.triton import shipped as shipping
+from mtl_fast.kernels.triton.inspection import faults, inspect
+from mtl_fast.kernels.triton.shipped import distinct, shipped
+from tests.gpu import budgets
+
+pytestmark = pytest.mark.proof
+
+CHIPS = ("sm_80", "sm_90")
+LAUNCHES = shipped()
+BUDGETS = budgets.read()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", distinct(LAUNCHES))
+def test_shipped_launch_passes_the_gates(name: str, chip: str) -> None:
+    launch = LAUNCHES[name]
+    found = inspect(launch, chip)
+    wrong = faults(launch, found, budgets.longest_loop(BUDGETS, name, chip))
+    assert not wrong, f"{name} for {chip}: {'; '.join(wrong)}"
+
+
+def test_every_kernel_file_ships_something() -> None:
+    """A file whose kernels nobody compiles would be proven by nothing."""
+    folder = Path(str(shipping.__file__)).parent
+    with_kernels = {path.stem for path in folder.glob("*.py") if "\n@triton.jit" in path.read_text("utf-8")}
+    assert with_kernels == {name.split("/")[0] for name in LAUNCHES}
+
+
+def test_budgets_name_shipped_kernels_only() -> None:
+    for version, stored in BUDGETS.items():
+        assert set(stored) == set(distinct(LAUNCHES)), f"Triton {version}: run make kernel-budgets"
+
+
+def test_budgets_are_written_as_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "budgets.json"
+    lengths = {"b": dict.fromkeys(budgets.CHIPS, 7), "a": {c: i for i, c in enumerate(budgets.CHIPS)}}
+    budgets.write(lengths, path)
+    budgets.write(lengths, path)
+    assert list(budgets.read(path)) == [budgets.version("triton")]
+    assert budgets.longest_loop(budgets.read(path), "a", "sm_90") == list(budgets.CHIPS).index("sm_90")
+    assert budgets.longest_loop(budgets.read(path), "c", "sm_90") is None
+    assert len(path.read_text().splitlines()) == 6
