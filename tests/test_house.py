@@ -38,6 +38,7 @@ FLOORS = {
     "mtl_fast.cli": 5,
     "mtl_fast.cli_tools": 5,
     "mtl_fast.doctor": 5,
+    "mtl_fast.tune": 5,
     "mtl_fast.__main__": 5,
 }
 LONGEST_FILE = 400
