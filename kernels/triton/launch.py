@@ -22,6 +22,7 @@ class Work:
         read, written: compulsory bytes, each tensor element once.
         l2_read: bytes that all programs together ask of L2; 0 counts as `read`.
         matrix: whether `flop` is tensor-core work.
+        padded: operations of whole blocks, padding and all; 0 counts as `flop`.
     """
 
     flop: int = 0
@@ -29,6 +30,7 @@ class Work:
     written: int = 0
     l2_read: int = 0
     matrix: bool = False
+    padded: int = 0
 
 
 @dataclass(frozen=True)
