@@ -1,7 +1,8 @@
-"""Compiles every shipped launch for every chip with the Triton that is installed, and holds it to the gates.
+"""Compiles every shipped configuration for every chip with the Triton that is installed, and holds it to the gates.
 
-`make gpu-proof` runs it with each version of Triton. What passed is remembered by a digest of the sources, so that
-an unchanged tree is not compiled again.
+`make gpu-proof` runs it with each version of Triton; with `--every-launch` each number of channels, half type and
+specialisation of a configuration is compiled as well (its main loop has no budget of its own). What passed is
+remembered by a digest of the sources, so that an unchanged tree is not compiled again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import faults, inspected
-from mtl_fast.kernels.triton.shipped import distinct, shipped
+from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
 from tests.gpu import budgets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,23 +30,25 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if everything passes, else 1; each fault is a line."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_proof", description=__doc__)
     parser.add_argument("--tests", nargs="*", default=[], help="tests to run with this Triton as well")
+    parser.add_argument("--every-launch", action="store_true", help="all that compiles differently: an hour")
     options = parser.parse_args(arguments)
     installed = f"Triton {version('triton')}"
-    passed = PASSED / digest(options.tests)
+    passed = PASSED / digest(vars(options))
     if passed.exists():
         print(f"gpu-proof: {installed}: {passed.read_text('utf-8').strip()} (nothing changed since)")
         return 0
     start = time.monotonic()
     launches, stored = shipped(), budgets.read()
-    groups = distinct(launches)
+    chosen = configurations(launches)
+    names = list(distinct(launches)) if options.every_launch else chosen
     wrong = []
-    for name, found in inspected(list(groups), CHIPS):
-        longest = budgets.longest_loop(stored, name, found.chip)
+    for name, found in inspected(names, CHIPS):
+        longest = budgets.longest_loop(stored, name, found.chip) if name in chosen else found.loop
         for fault in faults(launches[name], found, longest):
             wrong.append(f"{name} for {found.chip}: {fault}")
             print(f"gpu-proof: {installed}: {wrong[-1]}", flush=True)
     summary = (
-        f"{len(launches)} shipped launches, {len(groups)} kernels, compiled for {', '.join(CHIPS)}; "
+        f"{len(names)} of {len(launches)} shipped launches compiled for {', '.join(CHIPS)}; "
         f"{len(wrong)} faults"
     )
     print(f"gpu-proof: {installed}: {summary} ({time.monotonic() - start:.0f} s)", flush=True)
@@ -60,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def digest(tests: list[str]) -> str:
+def digest(options: dict[str, object]) -> str:
     """Of all that the proof depends on: sources, versions, and what is run."""
-    found = hashlib.sha256(repr((version("triton"), torch.__version__, sys.version, tests)).encode())
+    found = hashlib.sha256(repr((version("triton"), torch.__version__, sys.version, sorted(options.items()))).encode())
     for folder, pattern in (("kernels", "**/*.py"), ("tests", "**/*"), ("tools", "*.py")):
         for path in sorted((ROOT / folder).glob(pattern)):
             if path.is_file() and path.suffix in (".py", ".json"):

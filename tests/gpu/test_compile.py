@@ -1,4 +1,7 @@
-"""Every shipped launch compiles for an A100 and an H100 and passes the gates; `make gpu-proof` takes all chips."""
+"""Blocks, warps and stages of every kernel compile for an A100 and an H100 and pass the gates.
+
+`make gpu-proof` takes every configuration, and all chips.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,21 @@ if interpreted():
 
 from mtl_fast.kernels.triton import shipped as shipping
 from mtl_fast.kernels.triton.inspection import faults, inspect
-from mtl_fast.kernels.triton.shipped import distinct, shipped
+from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
 from tests.gpu import budgets
 
 pytestmark = pytest.mark.proof
 
 CHIPS = ("sm_80", "sm_90")
 LAUNCHES = shipped()
+CONFIGURATIONS = configurations(LAUNCHES)
 BUDGETS = budgets.read()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", distinct(LAUNCHES))
+@pytest.mark.parametrize(
+    "name", configurations({name: LAUNCHES[name] for name in CONFIGURATIONS}, by_switch=False)
+)
 def test_shipped_launch_passes_the_gates(name: str, chip: str) -> None:
     launch = LAUNCHES[name]
     found = inspect(launch, chip)
@@ -40,9 +46,18 @@ def test_every_kernel_file_ships_something() -> None:
     assert with_kernels == {name.split("/")[0] for name in LAUNCHES}
 
 
-def test_budgets_name_shipped_kernels_only() -> None:
+def test_budgets_are_those_of_the_shipped_configurations() -> None:
     for version, stored in BUDGETS.items():
-        assert set(stored) == set(distinct(LAUNCHES)), f"Triton {version}: run make kernel-budgets"
+        assert set(stored) == set(CONFIGURATIONS), f"Triton {version}: run make kernel-budgets"
+
+
+def test_what_compiles_alike_is_compiled_once() -> None:
+    groups = distinct(LAUNCHES)
+    assert sorted(name for names in groups.values() for name in names) == sorted(LAUNCHES)
+    assert len(CONFIGURATIONS) <= len(groups) < len(LAUNCHES)
+    # One kernel for half types and one for float32 products: their blocks are not the same.
+    products = {name for name in CONFIGURATIONS if LAUNCHES[name].work.matrix}
+    assert {LAUNCHES[name].constants.get("PRECISION") for name in products} >= {"ieee", "tf32"}
 
 
 def test_budgets_are_written_as_they_are_read(tmp_path: Path) -> None:
