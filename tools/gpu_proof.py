@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def digest(options: dict[str, object]) -> str:
     """Of all that the proof depends on: sources, versions, and what is run."""
-    found = hashlib.sha256(repr((version("triton"), torch.__version__, sys.version, sorted(options.items()))).encode())
+    found = hashlib.sha256(
+        repr((version("triton"), torch.__version__, sys.version, sorted(options.items()))).encode()
+    )
     for folder, pattern in (("kernels", "**/*.py"), ("tests", "**/*"), ("tools", "*.py")):
         for path in sorted((ROOT / folder).glob(pattern)):
             if path.is_file() and path.suffix in (".py", ".json"):

@@ -111,8 +111,9 @@ def faults(launch: Launch, found: Inspection, longest_loop: int | None) -> list[
     if launch.work.matrix:
         if not machine_code.count([found.matrix], chip.matrix):
             wrong.append(f"its products run on {found.matrix or 'no tensor core'}, not on {chip.matrix}")
-        if found.loads and not found.asynchronous:
-            wrong.append("the main loop waits for its loads: nothing is copied asynchronously")
+        if launch.num_stages > 1 and found.loads and not found.asynchronous:
+            stages = f"{launch.num_stages} stages are asked for"
+            wrong.append(f"{stages}, and the main loop waits for its loads: nothing is copied asynchronously")
         # A pass that is bound by memory hides a division behind its loads; a product's loop has no slot to spare.
         if found.divides:
             wrong.append("the main loop divides whole numbers")

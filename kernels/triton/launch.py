@@ -65,11 +65,15 @@ class Launch:
         return str(self.kernel.__name__)
 
     def run(self) -> None:
-        """Launches the kernel on the current stream, or hands it to whoever observes."""
+        """Launches the kernel, or hands it to whoever observes."""
         observer = _observer.get()
-        if observer is not None:
+        if observer is None:
+            self.start()
+        else:
             observer(self)
-            return
+
+    def start(self) -> None:
+        """Launches the kernel on the current stream, whoever observes."""
         # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
         self.kernel[self.grid](
             **self.arguments,

@@ -24,6 +24,7 @@ def product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     DIVIDES: tl.constexpr,
+    SCATTERS: tl.constexpr,
 ):
     """[BLOCK_M, K] @ [K, BLOCK_N] of one program, K a multiple of BLOCK_K."""
     o_m = tl.arange(0, BLOCK_M)
@@ -32,6 +33,9 @@ def product(
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         start = k // BLOCK_K % DIVISOR * BLOCK_K if DIVIDES else k
+        if SCATTERS:
+            # A thread's elements are no neighbours: each is less than the 4 bytes that can be copied asynchronously.
+            start = start + DIVISOR
         b_a = tl.load(p_a + o_m[:, None] * K + start + o_k[None, :])
         b_b = tl.load(p_b + o_n[None, :] * K + start + o_k[:, None])
         # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N] -> [BLOCK_M, BLOCK_N]
@@ -47,6 +51,7 @@ def launch(
     block_k: int = 32,
     precision: str = "tf32",
     divides: bool = False,
+    scatters: bool = False,
     num_warps: int = 4,
     num_stages: int = 3,
     k: int = 512,
@@ -67,7 +72,7 @@ def launch(
             "K": k,
             "DIVISOR": 7,
         },
-        constants=constants | {"PRECISION": precision, "DIVIDES": divides},
+        constants=constants | {"PRECISION": precision, "DIVIDES": divides, "SCATTERS": scatters},
         num_warps=num_warps,
         num_stages=num_stages,
         work=Work(
