@@ -1,4 +1,4 @@
-"""Writes bench/results/kernels-<card>.md and .json for every card: what each shipped kernel takes, and its modelled time.
+"""Writes bench/results/kernels-<card>.md and .json for every card: what each configuration takes, and its modelled time.
 
 Needs no GPU. Beside the kernels stand the launches of a whole meta-training step, ours and the plain program's.
 """
@@ -18,7 +18,7 @@ from bench.gpu import report
 from bench.gpu.cards import CARDS
 from bench.gpu.launches import Count
 from mtl_fast.kernels.triton.inspection import Inspection, inspected
-from mtl_fast.kernels.triton.shipped import distinct, shipped
+from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS, SIZES = (64, 128, 256, 512), (84, 32)
@@ -30,15 +30,20 @@ def main(arguments: list[str] | None = None) -> None:
     names = [card.name for card in CARDS]
     parser.add_argument("--cards", nargs="*", choices=names, default=names)
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument(
+        "--every-launch", action="store_true", help="not one launch of each configuration only"
+    )
     options = parser.parse_args(arguments)
     steps = {"plain PyTorch": {size: counting.plain(WIDTHS, size) for size in SIZES}, "ours": ours()}
-    all_launches = shipped()
-    groups = distinct(all_launches)
+    launches = shipped()
+    chosen = list(launches) if options.every_launch else configurations(launches)
+    groups = distinct({name: launches[name] for name in chosen})
     for card in (card for card in CARDS if card.name in options.cards):
         found: dict[str, Inspection] = {}
         for name, inspection in inspected(list(groups), [card.capability]):
             found |= dict.fromkeys(groups[name], inspection)
-        print(report.write(options.output, report.rows(all_launches, found, card), steps, card), flush=True)
+        made = report.rows({name: launches[name] for name in chosen}, found, card)
+        print(report.write(options.output, made, steps, card), flush=True)
 
 
 def ours() -> dict[int, Count]:
