@@ -5,19 +5,26 @@
 
 from __future__ import annotations
 
+import argparse
+
 from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import inspected
 from mtl_fast.kernels.triton.shipped import configurations, shipped
 from tests.gpu import budgets
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Compiles everything and writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_budgets", description=__doc__)
+    parser.add_argument(
+        "--chips", nargs="*", choices=CHIPS, default=list(CHIPS), help="others keep what is stored"
+    )
+    options = parser.parse_args(arguments)
     lengths: dict[str, dict[str, int]] = {}
-    for name, found in inspected(configurations(shipped()), CHIPS):
+    for name, found in inspected(configurations(shipped()), options.chips):
         lengths.setdefault(name, {})[found.chip] = found.loop
     budgets.write(lengths)
-    print(f"{len(lengths)} configurations for {len(CHIPS)} chips: {budgets.FILE.name}")
+    print(f"{len(lengths)} configurations for {', '.join(options.chips)}: {budgets.FILE.name}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 from mtl_fast.kernels.triton.ahead import CHIPS
 
 FILE = Path(__file__).with_name("budgets.json")
-# Triton's version → name of a launch → instructions for each of `CHIPS`, in their order.
-Budgets = dict[str, dict[str, list[int]]]
+# Triton's version → name of a launch → instructions for each of `CHIPS`, in their order; None where none is stored.
+Budgets = dict[str, dict[str, list[int | None]]]
 
 
 def read(path: Path = FILE) -> Budgets:
@@ -29,8 +29,18 @@ def longest_loop(budgets: Budgets, name: str, chip: str) -> int | None:
 
 
 def write(lengths: Mapping[str, Mapping[str, int]], path: Path = FILE) -> None:
-    """Stores those of the installed Triton, name → chip → instructions, in the place of what was stored for it."""
-    stored = read(path) | {version("triton"): {n: [by[c] for c in CHIPS] for n, by in lengths.items()}}
+    """Stores those of the installed Triton, name → chip → instructions.
+
+    Of these launches, chips that are not given keep what was stored; other launches are dropped.
+    """
+    stored = read(path)
+    before = stored.get(version("triton"), {})
+    stored[version("triton")] = {
+        name: [
+            by.get(chip, old) for chip, old in zip(CHIPS, before.get(name, [None] * len(CHIPS)), strict=True)
+        ]
+        for name, by in lengths.items()
+    }
     parts = []
     for name in sorted(stored):
         lines = (f"    {json.dumps(key)}: {json.dumps(stored[name][key])}" for key in sorted(stored[name]))

@@ -68,4 +68,10 @@ def test_budgets_are_written_as_they_are_read(tmp_path: Path) -> None:
     assert list(budgets.read(path)) == [budgets.version("triton")]
     assert budgets.longest_loop(budgets.read(path), "a", "sm_90") == list(budgets.CHIPS).index("sm_90")
     assert budgets.longest_loop(budgets.read(path), "c", "sm_90") is None
+    budgets.write({"a": {"sm_80": 100}, "c": {"sm_80": 5}}, path)
+    stored = budgets.read(path)
+    found = {
+        name: [budgets.longest_loop(stored, name, chip) for chip in ("sm_80", "sm_86")] for name in "abc"
+    }
+    assert found == {"a": [100, 1], "b": [None, None], "c": [5, None]}
     assert len(path.read_text().splitlines()) == 6
