@@ -281,9 +281,9 @@ def product(
         (y [N, O, H'', W''] channels-last, codes uint8 of the same shape or None).
     """
     x, n_in, (n_out, side, _, stride_in) = dense(x), x.shape[1], weight.shape
-    height, width, *size, n_rows = output_sizes(x, side, padding, epilogue)
-    output = images(x, n_out, *size)
-    codes = images(x, n_out, *size, torch.uint8) if coded(epilogue, save=save) else None
+    height, width, final_height, final_width, n_rows = output_sizes(x, side, padding, epilogue)
+    output = images(x, n_out, final_height, final_width)
+    codes = images(x, n_out, final_height, final_width, torch.uint8) if coded(epilogue, save=save) else None
     if not output.numel():
         return output, codes
     residual = None if residual is None else dense(residual)

@@ -1,6 +1,6 @@
 """What the Triton operators of convolutions share: a layer as they take it, its refresh, its gradients.
 
-`mtl_fast::triton_refresh` makes what the kernels multiply by, of some layers in one launch: with σ = √(var + eps)
+What the kernels multiply by comes with the layers, once a meta-step, or is made here: with σ = √(var + eps)
 
     W_eff = γ/σ ⊙ Φ_S1 ⊙ W        t = (b + Φ_S2 − mean)·γ/σ + β
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, ConvOperands, Epilogue, FrozenFilters
 from ..kernels.reference.effective_weights import stored_scale
+from ._effective_weights_triton import refresh
 from ._epilogue_codes import ACTIVATIONS
-from ._library import LIBRARY, triton_runs
+from ._library import triton_runs
 from ._ss_conv_native import geometry, side_padding
 
 
@@ -80,10 +81,6 @@ LAYER = (
     "Tensor {0}weight, Tensor {0}rotated, Tensor {0}folded, Tensor? {0}taps, Tensor? {0}var, Tensor? {0}gamma, "
     "float {0}eps, Tensor? {0}scale, Tensor? {0}shift, int {0}padding"
 )
-LIBRARY.define(
-    "triton_refresh(Tensor frozen, Tensor values, int[] shapes, float[] eps, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor)"
-)
 N_LAYER = len(Layer._fields)
 
 
@@ -141,12 +138,12 @@ def unflat(activation: int, slope: float, pool: bool) -> Epilogue:
 
 def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
     """The layers as the operators take them, for images of `dtype`; their norms, where they have one, folded."""
-    from ..kernels.triton.effective_weights import refresh
-
-    with torch.no_grad():
-        refreshed = refresh(convs, dtype, fold=True, run=_refresh)
+    kept = [_kept(conv, dtype) for conv in convs]
+    missing = [conv for conv, own in zip(convs, kept, strict=True) if own is None]
+    refreshed = iter(refresh(missing, dtype, fold=True) if missing else ())
     made = []
-    for conv, (weight, rotated, folded) in zip(convs, refreshed, strict=True):
+    for conv, own in zip(convs, kept, strict=True):
+        weight, rotated, folded = next(refreshed) if own is None else own
         trained = torch.is_grad_enabled() and conv.scale is not None and conv.scale.requires_grad
         norm = conv.norm or ChannelNorm(None, None, eps=0.0)
         made.append(
@@ -164,6 +161,15 @@ def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
             )
         )
     return made
+
+
+def _kept(conv: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    """This meta-step's weights in both layouts and its shift, where they came with the layer for such images."""
+    effective = conv.effective
+    if effective is None or effective.packed is None or effective.folded != (conv.norm is not None):
+        return None
+    forward, rotated = effective.packed
+    return (forward, rotated, effective.shift) if forward.dtype == dtype else None
 
 
 def taps(filters: FrozenFilters) -> Tensor:
@@ -205,49 +211,6 @@ def differentiated(
     for i, value in zip(asked, values, strict=True):
         grads[i] = value
     return tuple(grads)
-
-
-def _refresh(
-    frozen: Tensor,
-    values: Tensor,
-    shapes: Sequence[Sequence[int]],
-    eps: Sequence[float],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`effective_weights.refresh_all` as an operator, whose shapes are plain numbers."""
-    numbers = [n for shape in shapes for n in shape]
-    return torch.ops.mtl_fast.triton_refresh(frozen, values, numbers, list(eps), dtype)
-
-
-def _shapes(numbers: Sequence[int]) -> list[Any]:
-    from ..kernels.triton.effective_weights import Shape
-
-    each = len(Shape._fields)
-    return [Shape(*numbers[i : i + each]) for i in range(0, len(numbers), each)]
-
-
-def _refreshed(
-    frozen: Tensor, values: Tensor, shapes: Sequence[int], eps: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.triton.effective_weights import refresh_all
-
-    return refresh_all(frozen, values, _shapes(shapes), eps, dtype)
-
-
-@torch.library.register_fake("mtl_fast::triton_refresh")
-def _(
-    frozen: Tensor, values: Tensor, shapes: Sequence[int], eps: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.triton.effective_weights import aligned
-
-    layers = _shapes(shapes)
-    sizes = [(s.n_forward, s.n_rotated, aligned(s.n_out)) for s in layers]
-    n_forward, n_rotated, n_shift = (sum(column) for column in zip(*sizes, strict=True))
-    return (
-        frozen.new_empty(n_forward, dtype=dtype),
-        frozen.new_empty(n_rotated, dtype=dtype),
-        frozen.new_empty(n_shift, dtype=torch.float32),
-    )
 
 
 def output_size(x: Tensor, layer: Layer) -> tuple[int, int]:
@@ -309,7 +272,3 @@ def shaped(scale_grad: Tensor | None, layer: Layer) -> Tensor | None:
 def channels_last(t: Tensor) -> Tensor:
     """Dense channels-last images."""
     return t.contiguous(memory_format=torch.channels_last)
-
-
-for _device in ("CUDA", "CPU"):
-    LIBRARY.impl("triton_refresh", _refreshed, _device)
