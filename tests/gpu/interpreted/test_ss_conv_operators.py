@@ -154,13 +154,13 @@ EPILOGUES = [Epilogue(), LEAKY, replace(LEAKY, activation="before_residual")]
 
 
 @pytest.mark.parametrize(
-    ("granularity", "epilogue"), zip(("kernel", "filter", "filter"), EPILOGUES, strict=True), ids=str
+    ("granularity", "epilogue"), [*zip(("kernel", "filter", "filter"), EPILOGUES, strict=True)], ids=str
 )
 def test_opcheck(granularity: str, epilogue: Epilogue) -> None:
     x, conv = case((2, 3, 4, 4, 5, 3), granularity)
     named, given = leaves(x, conv, FROZEN)
     residual = residual_of(x, conv).requires_grad_()
-    with called("triton_refresh", "triton_ss_conv", "triton_ss_conv_backward") as calls:
+    with called("triton_effective_weights", "triton_ss_conv", "triton_ss_conv_backward") as calls:
         y = ss_conv(named["x"], given, epilogue=epilogue, residual=residual, backend="triton")
         y.sum().backward()
     for operator, arguments in calls:
