@@ -205,9 +205,12 @@ def _block(n_channels: int) -> int:
 
 
 def image_config(n_out: int, dtype: torch.dtype) -> ProductConfig:
-    """The configuration for few input channels: one chunk, folded at the end; its loads of x are single values."""
+    """The configuration for few input channels: one chunk, folded at the end.
+
+    One stage: its loads of x are single values, which cannot be copied asynchronously.
+    """
     block_k = 32 if dtype == torch.float32 else 64
-    return ProductConfig(_block(n_out), IMAGE_COLUMNS, block_k, 2**30, num_warps=4, num_stages=3)
+    return ProductConfig(_block(n_out), IMAGE_COLUMNS, block_k, 2**30, num_warps=4, num_stages=1)
 
 
 def scale_gradient(
