@@ -372,7 +372,9 @@ def norm_cases() -> Iterator[tuple[str, Tensor, Tensor | None, int, bool]]:
     for layer in encoder_layers():
         for name, dtype in DTYPES.items():
             case = f"{layer.n_out}@{layer.size} {name}{' end' if layer.last else ''}"
-            if layer.n_taps == 3 and case not in seen:
+            # The kernels of layers between the narrowest and the widest differ from theirs in numbers only.
+            is_shown = name == "bf16" or layer.n_out in (64, 640)
+            if layer.n_taps == 3 and is_shown and case not in seen:
                 seen.add(case)
                 z = layer.images(layer.n_out, dtype)
                 yield case, z, torch.empty_like(z) if layer.last else None, 2, layer.last
