@@ -38,11 +38,6 @@ def n_bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def n_bytes(*tensors: Tensor | None) -> int:
-    """Of all elements, each once."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 @dataclass(frozen=True)
 class Launch:
     """A kernel, its grid and everything it is given.
