@@ -15,12 +15,10 @@ from mtl_fast.kernels import triton
 from mtl_fast.kernels.triton.launch import observed
 from tests.gpu.device.runner import run_on
 
-
-def pytest_configure() -> None:
-    """Backends then take tensors of the CPU, and the folder's conftest lets its tests be collected."""
-    if triton.interpreted():
-        raise pytest.UsageError("TRITON_INTERPRET is set: kernels would not reach the GPU")
-    triton.interpreted = lambda: True
+if triton.interpreted():
+    raise pytest.UsageError("TRITON_INTERPRET is set: kernels would not reach the GPU")
+# Backends then take tensors of the CPU, and the folder's conftest, which is read after this, lets its tests be collected.
+triton.interpreted = lambda: True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,6 +40,7 @@ def test_buffers_go_there_and_back() -> None:
     assert int(buffer.isnan().sum()) == 14
 
 
+@pytest.mark.timeout(320)
 def test_the_interpreters_tests_are_collected_for_the_device() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "tests.gpu.device.plugin"]
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -49,7 +50,7 @@ def test_the_interpreters_tests_are_collected_for_the_device() -> None:
         env=variables,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
