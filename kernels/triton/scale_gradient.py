@@ -22,6 +22,7 @@ from ..contracts import ChannelNorm
 from .encoder_layers import DTYPES, encoder_layers
 from .launch import Launch, Work, observed
 from .partial_sums import products_sum_launch
+from .ss_conv_epilogue import precision
 
 
 @triton.jit
@@ -192,7 +193,11 @@ def product_config(n_out: int, n_in: int, dtype: torch.dtype) -> ProductConfig:
     """
     block_o = 128 if n_out % 128 == 0 else _block(n_out)
     block_k = 32 if dtype == torch.float32 else 64
-    return ProductConfig(block_o, _block(n_in), block_k, 512 // block_k, num_warps=8, num_stages=3)
+    # With three stages the assembler holds narrow tiles of half types to 128 registers on sm_80, and spills.
+    narrow = block_o < 128 and dtype != torch.float32
+    return ProductConfig(
+        block_o, _block(n_in), block_k, 512 // block_k, num_warps=8, num_stages=4 if narrow else 3
+    )
 
 
 def _block(n_channels: int) -> int:
@@ -313,7 +318,7 @@ def _product_launch(
             "BLOCK_O": config.block_o,
             columns: config.block_i,
             "BLOCK_K": config.block_k,
-            "PRECISION": "tf32",
+            "PRECISION": precision(x.dtype),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -106,7 +106,7 @@ def multiply(
     p_w2 = None
     if b_acc2 is not None:
         p_w2 = p_weight + tl.minimum(o_n2, N_OUT - 1)[None, :] * row + o_k[:, None]
-    if SIDE * SIDE * N_IN <= BLOCK_K:
+    if SIDE * SIDE * ((N_IN + BLOCK_K - 1) // BLOCK_K) == 1:
         b_acc, b_acc2 = add_step(
             b_acc, b_acc2, 0, p_rows, m_taps, width, p_w, p_w2,
             SIDE=SIDE, N_IN=N_IN, STRIDE_IN=STRIDE_IN, PRECISION=PRECISION, BLOCK_K=BLOCK_K,

@@ -81,8 +81,6 @@ LAYER = (
     "Tensor {0}weight, Tensor {0}rotated, Tensor {0}folded, Tensor? {0}taps, Tensor? {0}var, Tensor? {0}gamma, "
     "float {0}eps, Tensor? {0}scale, Tensor? {0}shift, int {0}padding"
 )
-# Tensors of a layer beside its weight.
-VECTORS = ("bias", "scale", "shift", "mean", "var", "gamma", "beta")
 N_LAYER = len(Layer._fields)
 
 
@@ -115,10 +113,17 @@ def runs(
 
 
 def vectors(conv: ConvOperands) -> dict[str, Tensor | None]:
-    """The tensors of `VECTORS` by name."""
+    """The tensors of a convolution beside its weight, by name."""
     norm = conv.norm or ChannelNorm(None, None)
-    found = (conv.filters.bias, conv.scale, conv.shift, norm.mean, norm.var, norm.weight, norm.bias)
-    return dict(zip(VECTORS, found, strict=True))
+    return {
+        "bias": conv.filters.bias,
+        "scale": conv.scale,
+        "shift": conv.shift,
+        "mean": norm.mean,
+        "var": norm.var,
+        "gamma": norm.weight,
+        "beta": norm.bias,
+    }
 
 
 def flat(epilogue: Epilogue) -> tuple[int, float, bool]:
@@ -139,17 +144,17 @@ def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
     made = []
     for conv, own in zip(convs, kept, strict=True):
         weight, rotated, folded = next(refreshed) if own is None else own
-        of_conv = vectors(conv)
         trained = torch.is_grad_enabled() and conv.scale is not None and conv.scale.requires_grad
+        norm = conv.norm or ChannelNorm(None, None, eps=0.0)
         made.append(
             Layer(
                 weight=weight,
                 rotated=rotated,
                 folded=folded,
                 taps=taps(conv.filters) if trained else None,
-                var=of_conv["var"],
-                gamma=of_conv["gamma"],
-                eps=0.0 if conv.norm is None else float(conv.norm.eps),
+                var=norm.var,
+                gamma=norm.weight,
+                eps=float(norm.eps),
                 scale=conv.scale,
                 shift=conv.shift,
                 padding=side_padding(conv.filters),
