@@ -59,6 +59,18 @@ def _whole(match: re.Match[str], operands: tuple[str, ...], program: Program) ->
     return elementwise(_WHOLE[match[1]], match[2], [match[2]] * 2)(match, operands, program)
 
 
+@executes(r"(add|min|max)\.([su])16x2")
+def _whole_pair(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
+    """On both halves of a register."""
+    half = np.dtype(TYPES[f"{match[2]}16"])
+
+    def function(a: Any, b: Any) -> Any:
+        halves = (np.atleast_1d(value).view(half).reshape(-1, 2) for value in (a, b))
+        return np.ascontiguousarray(_WHOLE[match[1]](*halves)).view(np.uint32)[:, 0]
+
+    return elementwise(function, "b32", ["b32", "b32"])(match, operands, program)
+
+
 @executes(rf"(neg|abs|not)\.{_INTEGER}")
 def _one_whole(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
     function = {"neg": np.negative, "abs": np.abs, "not": np.invert}[match[1]]
@@ -188,10 +200,13 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-_UNORDERED: dict[str, Callable[[Any, Any], Any]] = {
-    f"{name}u": (lambda compare: lambda a, b: compare(a, b) | _either_nan(a, b))(compare)
-    for name, compare in _COMPARE.items()
-}
+
+
+def _or_nan(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: compare(a, b) | _either_nan(a, b)
+
+
+_UNORDERED = {f"{name}u": _or_nan(compare) for name, compare in _COMPARE.items()}
 
 
 @executes(

@@ -106,13 +106,12 @@ class _Empties(TorchDispatchMode):
         if name in self._MAKERS:
             self.written[_key(out)] = _unwritten(out)
             self._kept.append(out)
-        elif not name.startswith("aten::fill_") or not self._filling:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+        else:
+            for position, argument in enumerate(func._schema.arguments):
+                value = args[position] if position < len(args) else (kwargs or {}).get(argument.name)
                 if argument.alias_info and argument.alias_info.is_write and isinstance(value, Tensor):
                     self.written.pop(_key(value), None)
         return out
-
-    _filling = False
 
 
 @contextmanager
