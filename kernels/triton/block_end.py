@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from ..contracts import Epilogue
 from . import ss_conv
+from .encoder_layers import DTYPES, encoder_layers
+from .launch import Launch, observed
+from .ss_conv_epilogue import padded
 from .ss_conv_product import product
 
 
@@ -56,3 +62,35 @@ def forward(
         other_shift=shortcut_shift,
     )
     return output, codes, None
+
+
+def shipped() -> Iterator[tuple[str, Launch]]:
+    """The end of every block of the shipped encoders, in both forms, with and without what the way back needs."""
+    n_block = 3
+    for layer in encoder_layers():
+        if layer.n_taps == 1:
+            n_block = layer.n_in  # the block's input, of the end that comes next
+        if not layer.last:
+            continue
+        for name, dtype in DTYPES.items():
+            weight = torch.empty(layer.n_out, 3, 3, layer.n_in, dtype=dtype, device="meta")
+            shift = torch.empty(layer.n_out, device="meta")
+            x, block_input = layer.images(layer.n_in, dtype), layer.images(n_block, dtype)
+            shortcut_weight = weight.new_empty(layer.n_out, 1, 1, padded(n_block))
+            for form in ("after_residual", "before_residual"):
+                for use, save in (("training", True), ("evaluation", False)):
+                    with observed() as launches:
+                        forward(
+                            x,
+                            weight,
+                            shift,
+                            block_input,
+                            shortcut_weight,
+                            shift,
+                            epilogue=Epilogue(form, 0.1, pool=True),
+                            save=save,
+                        )
+                    for part, launch in zip(
+                        ("end", "shortcut")[: len(launches)], reversed(launches), strict=True
+                    ):
+                        yield f"{part}/{n_block}-{layer.name} {form} {use} {name}", launch

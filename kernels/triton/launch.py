@@ -32,7 +32,7 @@ class Work:
 
 
 def n_bytes(*tensors: Tensor | None) -> int:
-    """Of all elements together; None counts nothing."""
+    """Of all elements, each once."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from ..contracts import Epilogue
 from . import ss_conv_first_layer
+from .encoder_layers import DTYPES, encoder_layers
+from .launch import Launch, observed
+from .ss_conv_epilogue import padded
 from .ss_conv_product import product
 
 
@@ -62,3 +68,28 @@ def input_gradient(
         grad, rotated, None, padding=back, epilogue=Epilogue(), other=other_grad, other_weight=other_rotated
     )
     return gradient
+
+
+def shipped() -> Iterator[tuple[str, Launch]]:
+    """Every 3×3 convolution of the shipped encoders but a block's last, with and without codes; all gradients."""
+    epilogue = Epilogue("after_residual", 0.1)
+    for layer in encoder_layers():
+        if layer.n_taps == 1:
+            continue  # the shortcut is a part of the block's end, its gradient of that of the first convolution
+        for name, dtype in DTYPES.items():
+            x, grad = layer.images(layer.n_in, dtype), layer.images(layer.n_out, dtype)
+            weight = torch.empty(layer.n_out, 3, 3, padded(layer.n_in), dtype=dtype, device="meta")
+            shift = torch.empty(layer.n_out, device="meta")
+            for use, save in (("training", True), ("evaluation", False)):
+                if not layer.last:
+                    with observed() as launches:
+                        forward(x, weight, shift, epilogue=epilogue, padding=1, save=save)
+                    yield f"forward/{layer.name} {use} {name}", launches[0]
+            if layer.n_in == 3:
+                continue  # nobody asks for the gradient of images
+            rotated = weight.new_empty(layer.n_in, 3, 3, layer.n_out)
+            first = layer.n_in != layer.n_out  # of its block
+            shortcut = (grad, rotated[:, :1, :1]) if first else (None, None)
+            with observed() as launches:
+                input_gradient(grad, rotated, padding=1, other_grad=shortcut[0], other_rotated=shortcut[1])
+            yield f"input gradient/{layer.name}{' and shortcut' if first else ''} {name}", launches[0]

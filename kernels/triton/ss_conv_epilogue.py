@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contracts import Epilogue
+from ..contracts import Activation, Epilogue
 
 
 @triton.jit
@@ -82,16 +82,15 @@ def finish(
     """The epilogue of z [BLOCK_M, BLOCK_N], and its store; codes as in `mtl_fast.ops._epilogue_codes`."""
     m_n = (o_n < N_OUT)[None, :]
     o_out = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    b_positive = b_y > 0
-    if ACTIVATION == "before_residual":
+    EARLY: tl.constexpr = ACTIVATION == "before_residual"
+    if EARLY:
+        b_code = (b_y > 0).to(tl.int32) << 2
         b_y = activate(b_y, SLOPE=SLOPE)
     if p_residual is not None:
         p_r = p_residual + o_pixel[:, None] * N_OUT + o_n[None, :]
         b_y += tl.load(p_r, mask=(o_out < n_rows)[:, None] & m_n, other=0.0).to(tl.float32)
     if ACTIVATION == "after_residual":
-        b_positive = b_y > 0
         b_y = activate(b_y, SLOPE=SLOPE)
-    b_code = b_positive.to(tl.int32) << 2
     if POOL:
         # Whole numbers in the order of the values, NaN above all: one maximum finds value and place.
         b_bits = b_y.to(tl.int32, bitcast=True)
@@ -100,16 +99,26 @@ def finish(
         b_best = tl.max(b_key, 1)
         b_y = (b_best ^ ((b_best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         # The first maximum wins: its place stands in the upper bits as well.
-        o_place = tl.arange(0, 4)[None, :, None]
-        b_code = tl.reshape(b_code, (BLOCK_M // 4, 4, BLOCK_N)) | (17 * o_place)
-        b_code = tl.min(tl.where(b_key == b_best[:, None, :], b_code, 127), 1) & 7
+        o_place = 17 * tl.arange(0, 4)[None, :, None]
+        if EARLY:
+            o_place = tl.reshape(b_code, (BLOCK_M // 4, 4, BLOCK_N)) | o_place
+        b_code = tl.min(tl.where(b_key == b_best[:, None, :], o_place, 127), 1) & 7
         o_out = pid_m * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
         n_rows = n_rows // 4
+    if not EARLY:
+        # An activated value has the sign of what was activated, and the largest had the largest.
+        b_positive = (b_y > 0).to(tl.int32) << 2
+        b_code = b_code | b_positive if POOL else b_positive
     m_out = (o_out < n_rows)[:, None] & m_n
     o_y = o_out.to(tl.int64)[:, None] * N_OUT + o_n[None, :]
     tl.store(p_out + o_y, b_y.to(p_out.dtype.element_ty), mask=m_out)
     if p_codes is not None:
         tl.store(p_codes + o_y, b_code.to(tl.uint8), mask=m_out)
+
+
+def padded(n_in: int) -> int:
+    """Channels of a packed weight: up to four are four, more begin each tap at 16 bytes of a half type."""
+    return 4 if n_in <= 4 else -(-n_in // 8) * 8
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -133,6 +142,11 @@ def images(
 def dense(x: Tensor) -> Tensor:
     """The images in dense channels-last memory; themselves if they are."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def placed(epilogue: Epilogue, *, alone: bool) -> Activation:
+    """The activation's place; where nothing is added after the convolution, one name serves for both."""
+    return "after_residual" if alone and epilogue.activation == "before_residual" else epilogue.activation
 
 
 def coded(epilogue: Epilogue, *, save: bool) -> bool:

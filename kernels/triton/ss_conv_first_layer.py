@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..contracts import Epilogue
 from .launch import Launch, Work, n_bytes
-from .ss_conv_epilogue import coded, dense, finish, images, locate, output_sizes, precision, shifted
+from .ss_conv_epilogue import coded, dense, finish, images, locate, output_sizes, placed, precision, shifted
 
 SIDE = 3
 CHANNELS = 4  # of the weight
@@ -135,7 +135,7 @@ def forward(
             "PADDING": padding,
             "N_IN": x.shape[1],
             "N_OUT": n_out,
-            "ACTIVATION": epilogue.activation,
+            "ACTIVATION": placed(epilogue, alone=residual is None),
             "SLOPE": epilogue.slope,
             "POOL": epilogue.pool,
             "PRECISION": precision(x.dtype),

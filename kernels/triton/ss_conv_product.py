@@ -21,13 +21,61 @@ from torch import Tensor
 
 from ..contracts import Epilogue
 from .launch import Launch, Work, n_bytes
-from .ss_conv_epilogue import activate, coded, dense, finish, images, locate, output_sizes, precision, shifted
+from .ss_conv_epilogue import (
+    activate,
+    coded,
+    dense,
+    finish,
+    images,
+    locate,
+    output_sizes,
+    placed,
+    precision,
+    shifted,
+)
 
 
 @triton.jit
 def load_taps(p_w, m_k, EVEN: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of a weight's rows, of which `m_k` are there."""
     return tl.load(p_w) if EVEN else tl.load(p_w, mask=m_k[:, None], other=0.0)
+
+
+@triton.jit
+def add_step(
+    b_acc,
+    b_acc2,
+    step,
+    p_rows,
+    m_taps,
+    width,
+    p_w,
+    p_w2,
+    SIDE: tl.constexpr,
+    N_IN: tl.constexpr,
+    STRIDE_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds one chunk of channels under one tap."""
+    TAPS: tl.constexpr = SIDE * SIDE
+    EVEN: tl.constexpr = N_IN % BLOCK_K == 0
+    # Taps go round fastest: the nine of a chunk of channels find their pixels in the nearest cache.
+    tap, k = step % TAPS, step // TAPS * BLOCK_K
+    m_k = tl.arange(0, BLOCK_K) < N_IN - k
+    m_x = ((m_taps >> tap) & 1)[:, None] != 0
+    if not EVEN:
+        m_x = m_x & m_k[None, :]
+    o_x = (tap // SIDE * width + tap % SIDE) * N_IN + k
+    b_x = tl.load(p_rows + o_x, mask=m_x, other=0.0, cache_modifier=".ca")
+    b_w = load_taps(p_w + (tap * STRIDE_IN + k), m_k, EVEN=EVEN)
+    # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+    b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
+    if b_acc2 is not None:
+        b_w2 = load_taps(p_w2 + (tap * STRIDE_IN + k), m_k, EVEN=EVEN)
+        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N2] -> [BLOCK_M, BLOCK_N2]
+        b_acc2 = tl.dot(b_x, b_w2, b_acc2, input_precision=PRECISION)
+    return b_acc, b_acc2
 
 
 @triton.jit
@@ -50,30 +98,25 @@ def multiply(
     BLOCK_K: tl.constexpr,
 ):
     """Adds the images under all taps times the weight to one accumulator, or to two that share the images."""
-    TAPS: tl.constexpr = SIDE * SIDE
-    EVEN: tl.constexpr = N_IN % BLOCK_K == 0
     o_k = tl.arange(0, BLOCK_K)
+    row: tl.constexpr = SIDE * SIDE * STRIDE_IN
     p_rows = p_images + o_corner[:, None] * N_IN + o_k[None, :]
     # Columns beyond the last repeat it: they are not stored, and need no mask here.
-    p_w = p_weight + tl.minimum(o_n, N_OUT - 1)[None, :] * (TAPS * STRIDE_IN) + o_k[:, None]
+    p_w = p_weight + tl.minimum(o_n, N_OUT - 1)[None, :] * row + o_k[:, None]
+    p_w2 = None
     if b_acc2 is not None:
-        p_w2 = p_weight + tl.minimum(o_n2, N_OUT - 1)[None, :] * (TAPS * STRIDE_IN) + o_k[:, None]
-    for step in range(n_steps):
-        # Taps go round fastest: the nine of a chunk of channels find their pixels in the nearest cache.
-        tap, k = step % TAPS, step // TAPS * BLOCK_K
-        m_k = o_k < N_IN - k
-        m_x = ((m_taps >> tap) & 1)[:, None] != 0
-        if not EVEN:
-            m_x = m_x & m_k[None, :]
-        o_x = (tap // SIDE * width + tap % SIDE) * N_IN + k
-        b_x = tl.load(p_rows + o_x, mask=m_x, other=0.0, cache_modifier=".ca")
-        b_w = load_taps(p_w + (tap * STRIDE_IN + k), m_k, EVEN=EVEN)
-        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N] -> [BLOCK_M, BLOCK_N]
-        b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION)
-        if b_acc2 is not None:
-            b_w2 = load_taps(p_w2 + (tap * STRIDE_IN + k), m_k, EVEN=EVEN)
-            # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N2] -> [BLOCK_M, BLOCK_N2]
-            b_acc2 = tl.dot(b_x, b_w2, b_acc2, input_precision=PRECISION)
+        p_w2 = p_weight + tl.minimum(o_n2, N_OUT - 1)[None, :] * row + o_k[:, None]
+    if SIDE * SIDE * N_IN <= BLOCK_K:
+        b_acc, b_acc2 = add_step(
+            b_acc, b_acc2, 0, p_rows, m_taps, width, p_w, p_w2,
+            SIDE=SIDE, N_IN=N_IN, STRIDE_IN=STRIDE_IN, PRECISION=PRECISION, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+    else:
+        for step in range(n_steps):
+            b_acc, b_acc2 = add_step(
+                b_acc, b_acc2, step, p_rows, m_taps, width, p_w, p_w2,
+                SIDE=SIDE, N_IN=N_IN, STRIDE_IN=STRIDE_IN, PRECISION=PRECISION, BLOCK_K=BLOCK_K,
+            )  # fmt: skip
     return b_acc, b_acc2
 
 
@@ -165,7 +208,8 @@ def ss_conv_kernel(
 class Configuration:
     """How a product is cut into programs."""
 
-    # Rows of a tile: 128 halve the weights' way from L2 against 64; fewer where the chip would not fill up.
+    # Rows of a tile: 128 halve the weights' way from L2 against 64; fewer where the chip would not fill up, and where
+    # a window's residual and signs take registers too.
     block_m: int
     # Columns of a tile: wide ones read the images less often from L2.
     block_n: int
@@ -184,8 +228,8 @@ FEW_PROGRAMS = 132
 SHARED = 113 * 1024
 
 
-def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int) -> Configuration:
-    """By rows and channels of the product and bytes of an element."""
+def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int, *, heavy: bool = False) -> Configuration:
+    """By rows and channels of the product and bytes of an element; `heavy` is an epilogue of residual and pooling."""
     block_n, block_n2 = min(128, max(16, triton.next_power_of_2(n_out))), 0
     if n_out % 128 and n_out % 160 == 0:
         block_n2 = 32
@@ -194,6 +238,7 @@ def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int) -> Configur
     block_m = 128
     if triton.cdiv(n_rows, block_m) * triton.cdiv(n_out, block_n + block_n2) < FEW_PROGRAMS:
         block_m, block_n = 64, block_n if block_n2 else min(block_n, 64)
+    block_m = 64 if heavy else block_m
     num_warps = 8 if block_m * (block_n + block_n2) > 128 * 64 else 4
     block_k = chunk(n_in, itemsize)
     num_stages = min(4, SHARED // ((block_m + block_n + block_n2) * block_k * itemsize))
@@ -245,7 +290,8 @@ def product(
     n_other = stride_other = 0
     if other is not None and other_weight is not None:
         other, n_other, stride_other = dense(other), other.shape[1], other_weight.shape[3]
-    c = configuration(n_rows, n_in, n_out, x.element_size())
+    heavy = epilogue.pool and residual is not None
+    c = configuration(n_rows, n_in, n_out, x.element_size(), heavy=heavy)
     block_other = chunk(n_other, x.element_size()) if n_other else 0
     programs = triton.cdiv(n_rows, c.block_m) * triton.cdiv(n_out, c.block_n + c.block_n2)
     depth = side * side * n_in + n_other
@@ -257,7 +303,7 @@ def product(
         "N_OUT": n_out,
         "STRIDE_IN": stride_in,
         "STRIDE_OTHER": stride_other,
-        "ACTIVATION": epilogue.activation,
+        "ACTIVATION": placed(epilogue, alone=residual is None and other is None),
         "SLOPE": epilogue.slope,
         "POOL": epilogue.pool,
         "PRECISION": precision(x.dtype),
