@@ -180,13 +180,15 @@ def fit_backward(
     """
     wants_support, wants_query, wants_head = wanted
     n_tasks, n_rows, _ = support.shape
-    nothing = support.new_empty(0)
-    d_support = torch.empty_like(support, memory_format=torch.contiguous_format) if wants_support else nothing
-    d_query = nothing
-    if query is not None and wants_query:
-        d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+
+    def like(t: Tensor | None, is_wanted: bool) -> Tensor:
+        if t is None or not is_wanted:
+            return support.new_empty(0)
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    d_support, d_query = like(support, wants_support), like(query, wants_query)
     d_weight, d_bias = torch.empty_like(head_weight), head_weight.new_empty(head_weight.shape[:2])
-    if n_tasks and wants_support and not second_order:
+    if wants_support and not second_order:
         d_support.zero_()
     if n_tasks:
         config = fit_config(n_rows, weight.shape[-2])
@@ -201,7 +203,7 @@ def fit_backward(
             loop_launch(config, given, kernel, trajectory, d_first, d_bias, left, inner_lr, n_steps).run()
             _operand_launch(config, given, weight.contiguous(), d_first[0], left, d_weight, d_support).run()
     if not wants_head:
-        return d_support, d_query, nothing, nothing
+        return d_support, d_query, like(weight, False), like(bias, False)
     if weight.dim() == 2:
         d_weight, d_bias = d_weight.sum(0), d_bias.sum(0)
     return d_support, d_query, d_weight.to(weight.dtype), d_bias.to(bias.dtype)

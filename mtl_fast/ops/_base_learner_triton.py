@@ -29,7 +29,9 @@ def can_run(
     """Whether the Triton implementation takes a call, and why (`backend.Predicate`); arguments as native's."""
     if support is None or weight is None:
         return triton_runs()
-    can, reason = triton_runs(support, weight, *others)
+    # Autocast changes nothing: a hundred steps in bfloat16 are not the same trajectory.
+    with torch.autocast(support.device.type, enabled=False):
+        can, reason = triton_runs(support, weight, *others)
     if not can:
         return can, reason
     # One launch, whatever the steps: the dual form is the cheaper one here also where it multiplies more.
