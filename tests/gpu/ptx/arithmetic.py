@@ -128,12 +128,10 @@ def _extract(match: re.Match[str], operands: tuple[str, ...], program: Program) 
     kind, bits = match[1] + match[2], int(match[2])
 
     def function(a: Any, start: Any, length: Any) -> Any:
-        # To the top and back down: the fill is the field's highest bit, or zero.
-        start, length = start & np.uint32(255), length & np.uint32(255)
-        left = np.maximum(bits - start.astype(np.int64) - length, 0).astype(np.uint32)
-        moved = _shifted_left(_shifted_right(a, start), left + start)
-        out = _shifted_right(moved, np.minimum(left + start, np.uint32(bits)))
-        return np.where(length == 0, np.zeros_like(out), out)
+        start, length = start & np.uint32(255), np.minimum(length & np.uint32(255), np.uint32(bits))
+        # To the top and back down: what lies beyond the field is its highest bit, or zero.
+        up = np.uint32(bits) - length
+        return _shifted_right(_shifted_left(_shifted_right(a, start), up), up) * (length > 0).astype(a.dtype)
 
     return elementwise(function, kind, [kind, "u32", "u32"])(match, operands, program)
 
