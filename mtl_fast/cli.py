@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .cli_tools import Build, Data, Doctor, Export, Import
+from .cli_tools import Build, Data, Doctor, Export, Import, Tune
 from .config import (
     PRESETS,
     Config,
@@ -239,6 +239,7 @@ def commands(config: Config) -> dict[str, Any]:
         "data": Data(tyro.MISSING, tyro.MISSING),
         "results": Results(),
         "build": Build(),
+        "tune": Tune(),
         "doctor": Doctor(),
     }
 

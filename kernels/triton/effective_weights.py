@@ -123,8 +123,16 @@ class Shape(NamedTuple):
     gamma: int
     beta: int
 
+    @classmethod
+    def each(cls, numbers: Sequence[int]) -> tuple[Shape, ...]:
+        """Of all layers' numbers in a row."""
+        return tuple(
+            cls(*numbers[i : i + len(cls._fields)]) for i in range(0, len(numbers), len(cls._fields))
+        )
+
     @property
     def n_taps(self) -> int:
+        """Of a kernel."""
         return self.side * self.side
 
     @property
@@ -167,13 +175,10 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Of one row of layers: the table int64 [programs, fields], eps fp32 [programs], sizes of the buffers."""
+    """Of one row of layers: the table int64 [programs, fields], eps fp32 [programs], a divisor of every O."""
 
     table: Tensor
     eps: Tensor
-    n_forward: int
-    n_rotated: int
-    n_shift: int
     grain: int
 
 
@@ -214,9 +219,6 @@ def plan(shapes: tuple[Shape, ...], eps: tuple[float, ...], device: torch.device
     return Plan(
         torch.tensor(rows, dtype=torch.int64, device=device),
         torch.tensor(eps_of_rows, dtype=torch.float32, device=device),
-        at_weight,
-        at_rotated,
-        at_shift,
         4 if all(layer.n_out % 4 == 0 for layer in shapes) else 1,
     )
 
@@ -278,6 +280,16 @@ def values_of(layers: Sequence[ConvOperands], *, fold: bool) -> Tensor:
     return torch.cat(there) if there else layers[0].filters.weight.new_empty(0, dtype=torch.float32)
 
 
+def empty_buffers(
+    shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the forward and rotated weights and of the shifts."""
+    forward = torch.empty(sum(s.n_forward for s in shapes), dtype=dtype, device=device)
+    rotated = torch.empty(sum(s.n_rotated for s in shapes), dtype=dtype, device=device)
+    shift = torch.empty(sum(aligned(s.n_out) for s in shapes), dtype=torch.float32, device=device)
+    return forward, rotated, shift
+
+
 def refresh_all(
     frozen: Tensor, values: Tensor, shapes: Sequence[Shape], eps: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,9 +301,7 @@ def refresh_all(
         dtype: float32, float16 or bfloat16.
     """
     made = plan(tuple(shapes), tuple(eps), frozen.device)
-    forward = torch.empty(made.n_forward, dtype=dtype, device=frozen.device)
-    rotated = torch.empty(made.n_rotated, dtype=dtype, device=frozen.device)
-    shift = torch.empty(made.n_shift, dtype=torch.float32, device=frozen.device)
+    forward, rotated, shift = empty_buffers(shapes, dtype, frozen.device)
     Launch(
         kernel=effective_weights_kernel,
         grid=(len(made.table),),

@@ -22,6 +22,7 @@ from ..contracts import ChannelNorm
 from .encoder_layers import DTYPES, encoder_layers
 from .launch import Launch, Work, observed
 from .partial_sums import products_sum_launch
+from .ss_conv_epilogue import precision
 
 
 @triton.jit
@@ -200,9 +201,12 @@ def _block(n_channels: int) -> int:
 
 
 def image_config(n_out: int, dtype: torch.dtype) -> ProductConfig:
-    """The configuration for few input channels: one chunk, folded at the end; its loads of x are single values."""
+    """The configuration for few input channels: one chunk, folded at the end.
+
+    One stage: its loads of x are single values, which cannot be copied asynchronously.
+    """
     block_k = 32 if dtype == torch.float32 else 64
-    return ProductConfig(_block(n_out), IMAGE_COLUMNS, block_k, 2**30, num_warps=4, num_stages=3)
+    return ProductConfig(_block(n_out), IMAGE_COLUMNS, block_k, 2**30, num_warps=4, num_stages=1)
 
 
 def scale_gradient(
@@ -310,7 +314,7 @@ def _product_launch(
             "BLOCK_O": config.block_o,
             columns: config.block_i,
             "BLOCK_K": config.block_k,
-            "PRECISION": "tf32",
+            "PRECISION": precision(x.dtype),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -106,9 +106,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """As `ss_conv.forward`, for x [N, I ≤ 4, H, W] and weight [O, 3, 3, 4]."""
     x, n_out = dense(x), weight.shape[0]
-    height, width, *size, n_rows = output_sizes(x, SIDE, padding, epilogue)
-    output = images(x, n_out, *size)
-    codes = images(x, n_out, *size, torch.uint8) if coded(epilogue, save=save) else None
+    height, width, final_height, final_width, n_rows = output_sizes(x, SIDE, padding, epilogue)
+    output = images(x, n_out, final_height, final_width)
+    codes = images(x, n_out, final_height, final_width, torch.uint8) if coded(epilogue, save=save) else None
     if not output.numel():
         return output, codes
     residual = None if residual is None else dense(residual)

@@ -106,7 +106,7 @@ def multiply(
     p_w2 = None
     if b_acc2 is not None:
         p_w2 = p_weight + tl.minimum(o_n2, N_OUT - 1)[None, :] * row + o_k[:, None]
-    if SIDE * SIDE * N_IN <= BLOCK_K:
+    if SIDE * SIDE * ((N_IN + BLOCK_K - 1) // BLOCK_K) == 1:
         b_acc, b_acc2 = add_step(
             b_acc, b_acc2, 0, p_rows, m_taps, width, p_w, p_w2,
             SIDE=SIDE, N_IN=N_IN, STRIDE_IN=STRIDE_IN, PRECISION=PRECISION, BLOCK_K=BLOCK_K,
@@ -281,9 +281,9 @@ def product(
         (y [N, O, H'', W''] channels-last, codes uint8 of the same shape or None).
     """
     x, n_in, (n_out, side, _, stride_in) = dense(x), x.shape[1], weight.shape
-    height, width, *size, n_rows = output_sizes(x, side, padding, epilogue)
-    output = images(x, n_out, *size)
-    codes = images(x, n_out, *size, torch.uint8) if coded(epilogue, save=save) else None
+    height, width, final_height, final_width, n_rows = output_sizes(x, side, padding, epilogue)
+    output = images(x, n_out, final_height, final_width)
+    codes = images(x, n_out, final_height, final_width, torch.uint8) if coded(epilogue, save=save) else None
     if not output.numel():
         return output, codes
     residual = None if residual is None else dense(residual)

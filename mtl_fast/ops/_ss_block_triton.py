@@ -212,8 +212,8 @@ def _gradients(
         )
     found.append(of_shortcut)
     every: list[Tensor | None] = [x_grad]
-    for layer, (scale_grad, shift_grad) in zip((first, second, third, shortcut), found, strict=True):
-        every += [shaped(scale_grad, layer), shift_grad]
+    for layer, of_phi in zip((first, second, third, shortcut), found, strict=True):
+        every += [shaped(of_phi[0], layer), of_phi[1]]
     return [x.new_empty(0) if t is None else t for t in every]
 
 

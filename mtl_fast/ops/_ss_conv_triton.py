@@ -1,6 +1,6 @@
 """The Triton backend of `ss_conv`: operators, their fakes and gradients.
 
-`mtl_fast::triton_ss_conv` computes, with the weight and the shift of `mtl_fast::triton_refresh`,
+`mtl_fast::triton_ss_conv` computes, with the weight and the shift of `mtl_fast::triton_effective_weights`,
 
     y = pool(act(conv(x, W_eff) + t + residual))
 """

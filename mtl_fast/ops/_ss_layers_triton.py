@@ -1,6 +1,6 @@
 """What the Triton operators of convolutions share: a layer as they take it, its refresh, its gradients.
 
-`mtl_fast::triton_refresh` makes what the kernels multiply by, of some layers in one launch: with σ = √(var + eps)
+What the kernels multiply by comes with the layers, once a meta-step, or is made here: with σ = √(var + eps)
 
     W_eff = γ/σ ⊙ Φ_S1 ⊙ W        t = (b + Φ_S2 − mean)·γ/σ + β
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, ConvOperands, Epilogue, FrozenFilters
 from ..kernels.reference.effective_weights import stored_scale
+from ._effective_weights_triton import refresh
 from ._epilogue_codes import ACTIVATIONS
-from ._library import LIBRARY, triton_runs
+from ._library import triton_runs
 from ._ss_conv_native import geometry, side_padding
 
 
@@ -80,11 +81,6 @@ LAYER = (
     "Tensor {0}weight, Tensor {0}rotated, Tensor {0}folded, Tensor? {0}taps, Tensor? {0}var, Tensor? {0}gamma, "
     "float {0}eps, Tensor? {0}scale, Tensor? {0}shift, int {0}padding"
 )
-LIBRARY.define(
-    "triton_refresh(Tensor[] weights, Tensor?[] vectors, float[] eps, ScalarType dtype) -> Tensor[]"
-)
-# Tensors of a layer beside its weight, in the order in which `triton_refresh` takes them.
-VECTORS = ("bias", "scale", "shift", "mean", "var", "gamma", "beta")
 N_LAYER = len(Layer._fields)
 
 
@@ -117,10 +113,17 @@ def runs(
 
 
 def vectors(conv: ConvOperands) -> dict[str, Tensor | None]:
-    """The tensors of `VECTORS` by name."""
+    """The tensors of a convolution beside its weight, by name."""
     norm = conv.norm or ChannelNorm(None, None)
-    found = (conv.filters.bias, conv.scale, conv.shift, norm.mean, norm.var, norm.weight, norm.bias)
-    return dict(zip(VECTORS, found, strict=True))
+    return {
+        "bias": conv.filters.bias,
+        "scale": conv.scale,
+        "shift": conv.shift,
+        "mean": norm.mean,
+        "var": norm.var,
+        "gamma": norm.weight,
+        "beta": norm.bias,
+    }
 
 
 def flat(epilogue: Epilogue) -> tuple[int, float, bool]:
@@ -135,31 +138,38 @@ def unflat(activation: int, slope: float, pool: bool) -> Epilogue:
 
 def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
     """The layers as the operators take them, for images of `dtype`; their norms, where they have one, folded."""
-    named = [vectors(conv) for conv in convs]
-    eps = [0.0 if conv.norm is None else float(conv.norm.eps) for conv in convs]
-    with torch.no_grad():
-        refreshed = torch.ops.mtl_fast.triton_refresh(
-            [conv.filters.weight for conv in convs], [t for n in named for t in n.values()], eps, dtype
-        )
+    kept = [_kept(conv, dtype) for conv in convs]
+    missing = [conv for conv, own in zip(convs, kept, strict=True) if own is None]
+    refreshed = iter(refresh(missing, dtype, fold=True) if missing else ())
     made = []
-    for i, (conv, of_conv) in enumerate(zip(convs, named, strict=True)):
-        weight, rotated, folded = refreshed[3 * i : 3 * i + 3]
+    for conv, own in zip(convs, kept, strict=True):
+        weight, rotated, folded = next(refreshed) if own is None else own
         trained = torch.is_grad_enabled() and conv.scale is not None and conv.scale.requires_grad
+        norm = conv.norm or ChannelNorm(None, None, eps=0.0)
         made.append(
             Layer(
                 weight=weight,
                 rotated=rotated,
                 folded=folded,
                 taps=taps(conv.filters) if trained else None,
-                var=of_conv["var"],
-                gamma=of_conv["gamma"],
-                eps=eps[i],
+                var=norm.var,
+                gamma=norm.weight,
+                eps=float(norm.eps),
                 scale=conv.scale,
                 shift=conv.shift,
                 padding=side_padding(conv.filters),
             )
         )
     return made
+
+
+def _kept(conv: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    """This meta-step's weights in both layouts and its shift, where they came with the layer for such images."""
+    effective = conv.effective
+    if effective is None or effective.packed is None or effective.folded != (conv.norm is not None):
+        return None
+    forward, rotated = effective.packed
+    return (forward, rotated, effective.shift) if forward.dtype == dtype else None
 
 
 def taps(filters: FrozenFilters) -> Tensor:
@@ -201,31 +211,6 @@ def differentiated(
     for i, value in zip(asked, values, strict=True):
         grads[i] = value
     return tuple(grads)
-
-
-def _refresh(
-    weights: Sequence[Tensor], flat_vectors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype
-) -> list[Tensor]:
-    from ..kernels.triton.effective_weights import refresh
-
-    convs = []
-    for i, weight in enumerate(weights):
-        n = len(VECTORS)
-        bias, scale, shift, mean, var, gamma, beta = flat_vectors[n * i : n * (i + 1)]
-        norm = None if var is None else ChannelNorm(mean, var, gamma, beta, eps[i])
-        convs.append(ConvOperands(FrozenFilters(weight, bias), scale, shift, norm))
-    return [t for made in refresh(convs, dtype, fold=True) for t in made]
-
-
-@torch.library.register_fake("mtl_fast::triton_refresh")
-def _(
-    weights: Sequence[Tensor], flat_vectors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype
-) -> list[Tensor]:
-    from ..kernels.triton.launch import observed
-
-    # What is launched allocates by shapes alone; nothing is launched here.
-    with observed():
-        return _refresh(weights, flat_vectors, eps, dtype)
 
 
 def output_size(x: Tensor, layer: Layer) -> tuple[int, int]:
@@ -287,7 +272,3 @@ def shaped(scale_grad: Tensor | None, layer: Layer) -> Tensor | None:
 def channels_last(t: Tensor) -> Tensor:
     """Dense channels-last images."""
     return t.contiguous(memory_format=torch.channels_last)
-
-
-for _device in ("CUDA", "CPU"):
-    LIBRARY.impl("triton_refresh", _refresh, _device)

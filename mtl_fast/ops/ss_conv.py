@@ -82,9 +82,9 @@ def ss_conv(
 
 
 def reads_effective_weights(conv: ConvOperands, *, fold: bool = True, backend: str = "auto") -> bool:
-    """Whether a meta-step should compute this layer's `EffectiveWeights`; other kernels make what they multiply by.
+    """Whether a meta-step should compute this layer's `EffectiveWeights`; the native kernel scales filters itself.
 
     Args:
         fold: as of the convolutions to come; False is also that of batch statistics.
     """
-    return choose("ss_conv", backend, conv=conv if fold else conv.without_norm()).backend == "torch"
+    return choose("ss_conv", backend, conv=conv if fold else conv.without_norm()).backend != "native"

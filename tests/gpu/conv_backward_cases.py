@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,12 +93,30 @@ class Saved:
         return torch.where((self.codes & POSITIVE) != 0, grad, self.epilogue.slope * grad)
 
 
+@contextmanager
+def called(*names: str) -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    """The first call of each of these operators inside: (operator, arguments) by the order of their names."""
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            operator = getattr(torch.ops.mtl_fast, name)
+
+            def noting(*arguments: Any, name: str = name, operator: Any = operator) -> Any:
+                found.setdefault(name, (operator.default, arguments))
+                return operator(*arguments)
+
+            patch.setattr(torch.ops.mtl_fast, name, noting)
+        yield calls
+    calls += [found[name] for name in names]
+
+
 def root_sum_of_squares(t: Tensor) -> Tensor:
     """Of each channel [C]: what independent rounding errors of the terms add up to, relative to one of them."""
     return t.square().sum(dim=(0, 2, 3)).sqrt()
 
 
-def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float, what: str, **_: Any) -> None:
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float, what: str) -> None:
     """Every value within its own bound."""
     assert actual.shape == expected.shape, what
     assert actual.isfinite().all(), f"{what}: {actual}"
