@@ -258,18 +258,21 @@ def assert_near_as_torch(
     exact: Sequence[Tensor],
     length: int,
     names: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    amplified: bool = True,
 ) -> None:
     """Errors of several layers, the largest and the RMS: Winograd's amplification times those of direct sums.
 
-    Those are eps·√length, or what PyTorch's own float32 results (`plain`) are off by, where that is more: values
-    that cancel are small against their errors.
+    Those are eps·√length of `dtype`, or what PyTorch's own results in it (`plain`) are off by, where that is more:
+    values that cancel are small against their errors. What is not `amplified` may be off twice as far.
     """
-    factor = max(amplification("images", 3), amplification("taps", 3))
+    factor = max(amplification("images", 3), amplification("taps", 3)) if amplified else 2.0
     for ours, theirs, expected, name in zip(native, plain, exact, names, strict=True):
         assert ours.isfinite().all(), name
         for size in (_largest, _rms):
             error, usual = (size(t.double() - expected) for t in (ours, theirs))
-            direct = max(usual, EPS * length**0.5 * size(expected))
+            direct = max(usual, torch.finfo(dtype).eps * length**0.5 * size(expected))
             assert error <= factor * direct, f"{name}, {size.__name__}: {error / direct:.1f} > {factor:.1f}"
 
 
