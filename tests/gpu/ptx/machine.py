@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .copies import Copies
-from .faults import Diverged, EarlyAccess, Fault, UnknownInstruction
+from .faults import Diverged, Fault, UnknownInstruction
 from .memory import GlobalMemory, Lanes
 from .parser import Instruction, Program
 from .products import Products
