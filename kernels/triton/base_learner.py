@@ -13,6 +13,7 @@ A label out of range makes its task's results NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .base_learner_config import CASES, PRECISION, fit_config
-from .launch import Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, n_bytes, observed
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def outputs(
     n_way = weight.shape[-2]
     config = fit_config(n_rows, n_way)
     n_kept = n_tasks if second_order else 0
-    wide = {"dtype": torch.float32, "device": support.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": support.device}
     logits = torch.promote_types(weight.dtype if query is None else query.dtype, weight.dtype)
     n_query = 0 if query is None else query.shape[1]
     return (
@@ -277,7 +278,7 @@ def _launch(
     block_n, block_c = config.block_n, config.block_c
     if config.is_streamed and not second_order:
         kernel = head_bias.new_empty(n_tasks, block_n, block_n)
-    arguments = {
+    arguments: Arguments = {
         "p_support": support,
         "p_labels": labels,
         "p_query": query,

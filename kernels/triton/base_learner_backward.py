@@ -24,7 +24,7 @@ from torch import Tensor
 from .base_learner import fit, valid_rows
 from .base_learner_config import CASES, PRECISION, FitConfig, fit_config, piece_config
 from .base_learner_loop_backward import loop_launch
-from .launch import Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, n_bytes, observed
 
 
 @triton.jit
@@ -224,7 +224,7 @@ def _head_launch(
     # A product sums over 16 classes at least.
     block_c = max(16, config.block_c)
     pieces = piece_config(16, block_c)
-    arguments = {
+    arguments: Arguments = {
         "p_d_logits": d_logits,
         "p_d_head_weight": d_head_weight,
         "p_d_head_bias": d_head_bias,
@@ -270,7 +270,7 @@ def _operand_launch(
     n_tasks, n_rows, n_features = support.shape
     n_way = weight.shape[-2]
     pieces = piece_config(config.block_n, config.block_c)
-    arguments = {
+    arguments: Arguments = {
         "p_support": support,
         "p_mask": mask,
         "p_weight": weight,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base_learner import one_hot, own_product, valid_rows
 from .base_learner_config import PRECISION, FitConfig
-from .launch import Launch, Work, n_bytes
+from .launch import Arguments, Launch, Work, n_bytes
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def loop_launch(
     n_tasks, n_rows, n_features = support.shape
     n_way = d_first_bias.shape[1]
     own = kernel.new_empty(n_tasks, config.block_n, config.block_c) if config.is_streamed else None
-    arguments = {
+    arguments: Arguments = {
         "p_support": support,
         "p_labels": labels,
         "p_mask": mask,

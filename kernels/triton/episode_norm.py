@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .encoder_layers import DTYPES, encoder_layers
-from .launch import Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, n_bytes, observed
 
 
 @triton.jit
@@ -236,7 +237,7 @@ def outputs(z: Tensor, n_groups: int, pool: bool, save: bool) -> tuple[Tensor, .
     """What `episode_norm` fills: output, mean and variance [G, C], values a channel [G], codes (of 0 images: unsaved)."""
     n, channels, height, width = z.shape
     shape = (channels, height // 2, width // 2) if pool else (channels, height, width)
-    layout = {"device": z.device, "memory_format": torch.channels_last}
+    layout: dict[str, Any] = {"device": z.device, "memory_format": torch.channels_last}
     mean = torch.empty(n_groups, channels, dtype=torch.float32, device=z.device)
     return (
         torch.empty(n, *shape, dtype=z.dtype, **layout),
@@ -281,7 +282,7 @@ def episode_norm(
     n, channels, height, width = z.shape
     n_windows = out.numel() // channels // n_groups
     config = norm_config(n_windows, channels, pool)
-    arguments = {
+    arguments: Arguments = {
         "p_z": z,
         "p_weight": weight,
         "p_bias": bias,
@@ -326,7 +327,7 @@ def _statistics(z: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor, n_val
             mean.new_empty(n_groups, config.n_parts, 2, channels),
             mean.new_empty(n_groups, config.n_parts),
         )
-    arguments = {
+    arguments: Arguments = {
         "p_z": z,
         "p_mask": mask,
         "p_partial": partial,

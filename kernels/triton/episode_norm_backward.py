@@ -10,6 +10,7 @@ d is unwound twice, for the sums and for dz: writing and reading it back would m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .episode_norm import counting, deviation, norm_cases, norm_config
-from .launch import Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, n_bytes, observed
 
 
 @triton.jit
@@ -209,7 +210,9 @@ def episode_norm_backward(
     # A pooled window has one pixel of z.
     read = n_bytes(grad, codes, mean, var, mask) + grad.numel() * z.element_size()
     work = Work(flop=4 * grad.numel(), read=read, written=n_bytes(partial))
-    arguments = operands | {"p_mask": mask, "p_partial": partial} | sizes | {"n_blocks": config.n_blocks}
+    arguments: Arguments = (
+        operands | {"p_mask": mask, "p_partial": partial} | sizes | {"n_blocks": config.n_blocks}
+    )
     blocks_c = triton.cdiv(channels, config.block_c)
     Launch(
         sums_kernel, (config.n_parts, blocks_c, n_groups), arguments, constants, config.num_warps, 2, work
@@ -247,7 +250,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         codes = torch.empty_like(grad, dtype=torch.uint8)
         mean = torch.empty(4, z.shape[1], device="meta")
         statistics = mean, mean.clone(), mean.new_empty(4)
-        options = 1e-5, None, activation, 0.1, pool, True, residual is not None
+        options: Any = 1e-5, None, activation, 0.1, pool, True, residual is not None
         with observed() as launches:
             episode_norm_backward(grad, z, codes, *statistics, mean[0], *options)
         for launch in launches:

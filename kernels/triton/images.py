@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, n_bytes, observed
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def images(
     index, mean, std = index.contiguous(), mean.contiguous(), std.contiguous()
     crop, flip = (None if t is None else t.contiguous() for t in (crop, flip))
     n_values = height * width * 3
-    arguments = {
+    arguments: Arguments = {
         "p_store": store,
         "p_index": index,
         "p_mean": mean,

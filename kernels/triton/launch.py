@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+# Run-time arguments by name: tensors (any device, meta too), None, numbers.
+Arguments = dict[str, Tensor | float | None]
+
 # Who wants to see launches instead of having them run: (launch) -> None.
 _observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", default=None)
 
@@ -53,7 +56,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | float | None]
+    arguments: Arguments
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
