@@ -272,7 +272,7 @@ def product(
         weight: [O, k, k, I'], I' ≥ I, of x's dtype.
         shift: fp32 [O] or None.
         padding: 0 … k − 1.
-        epilogue: with `other`, `before_residual` saves no codes.
+        epilogue: what follows; `before_residual` with `other` cannot `save`: the signs are gone by the end.
         save: return the codes of the epilogue, where it has any.
         residual: [N, O, H', W'].
         other, other_weight, other_shift: x' [N, J, H', W'], [O, 1, 1, J'] and fp32 [O].
@@ -280,6 +280,7 @@ def product(
     Returns:
         (y [N, O, H'', W''] channels-last, codes uint8 of the same shape or None).
     """
+    assert not (save and other is not None and epilogue.activation == "before_residual")
     x, n_in, (n_out, side, _, stride_in) = dense(x), x.shape[1], weight.shape
     height, width, final_height, final_width, n_rows = output_sizes(x, side, padding, epilogue)
     output = images(x, n_out, final_height, final_width)

@@ -11,6 +11,8 @@ from mtl_fast.kernels.triton.launch import observed
 from tests.gpu.conv_backward_cases import assert_within
 from tests.gpu.conv_forward_cases import DTYPES, Layer, assert_epilogue, by_epilogue, packed
 
+pytestmark = pytest.mark.proof
+
 # N, channels of the last convolution's input, O, H, W, channels of the block's input
 SHAPES = {
     "first block": (2, 8, 5, 5, 6, 3),

@@ -18,6 +18,8 @@ from tests.conv_cases import Random
 from tests.gpu.conv_backward_cases import assert_within
 from tests.native_cases import double
 
+pytestmark = pytest.mark.proof
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 EPS = torch.finfo(torch.float32).eps
 

@@ -14,6 +14,8 @@ from tests.conv_cases import Random
 from tests.gpu.conv_backward_cases import assert_within, images, poisoned
 from tests.gpu.conv_forward_cases import DTYPES, Layer, Sum, assert_epilogue, by_epilogue, packed, rotated
 
+pytestmark = pytest.mark.proof
+
 # N, I, O, H, W, k and the padding
 SHAPES = {
     "one": (1, 1, 1, 1, 1, 3, 1),
