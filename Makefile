@@ -48,8 +48,10 @@ native: env
 demo: native
 	$(BIN)/mtl-fast demo --output runs/demo --resume $(DEMO_FLAGS)
 
+# Twice: kernels are interpreted or compiled, which is settled when Triton is imported.
 test: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/gpu/interpreted
 
 # The sanitizer's runtime has to come first in the process, and finds the C++ runtime's symbols only if that is there
 # too. Leaks are not looked for: the interpreter and torch keep memory to the end of the process.
@@ -83,7 +85,7 @@ $(TRITON39)/.stamp: requirements/triton39.txt | env
 # Kernels of both versions, and with the second the execution of its assembly: `make test` does the first's.
 gpu-proof: env $(TRITON39)/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.gpu_proof
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON39) $(BIN)/python -m tools.gpu_proof --tests tests/gpu/ptx
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON39) $(BIN)/python -m tools.gpu_proof --tests tests/gpu/execution
 
 kernel-budgets: env $(TRITON39)/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.kernel_budgets

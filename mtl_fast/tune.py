@@ -57,15 +57,15 @@ def require_gpu(device: str) -> torch.device:
     """
     if not torch.cuda.is_available():
         reason = "this torch was built without CUDA" if torch.version.cuda is None else "no driver or no card"
-        raise InputError(f"tune: measures on an NVIDIA GPU, and torch finds none ({reason})")
+        raise InputError(f"an NVIDIA GPU is needed, and torch finds none ({reason})")
     try:
         card = torch.device(device)
         torch.cuda.get_device_name(card)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"tune: device {device!r}: {str(error).partition(chr(10))[0]}") from error
+        raise InputError(f"device {device!r}: {str(error).partition(chr(10))[0]}") from error
     can, reason = kernels.load()
     if not can:
-        raise InputError(f"tune: {reason}")
+        raise InputError(reason)
     return card
 
 

@@ -19,7 +19,7 @@ def test_without_a_gpu_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["tune"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("mtl-fast: error: tune: measures on an NVIDIA GPU, and torch finds none (")
+    assert err.startswith("mtl-fast: error: an NVIDIA GPU is needed, and torch finds none (")
     assert err.count("\n") == 1
 
 
@@ -56,13 +56,13 @@ def test_a_device_that_is_not_there_is_one_line(card: Path, monkeypatch: pytest.
         raise AssertionError("Invalid device id\nmore")
 
     monkeypatch.setattr(torch.cuda, "get_device_name", no_such)
-    with pytest.raises(InputError, match=r"^tune: device 'cuda:7': Invalid device id$"):
+    with pytest.raises(InputError, match=r"^device 'cuda:7': Invalid device id$"):
         tuning.require_gpu("cuda:7")
 
 
 def test_without_triton_there_is_one_line(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning.kernels, "load", lambda: (False, "Triton is not installed"))
-    with pytest.raises(InputError, match=r"^tune: Triton is not installed$"):
+    with pytest.raises(InputError, match=r"^Triton is not installed$"):
         tuning.require_gpu("cuda")
 
 

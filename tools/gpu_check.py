@@ -61,10 +61,17 @@ class Part:
 
 def correctness(_: torch.device) -> Section:
     """The tests of the interpreter with launches on the device, and operations in every dtype."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "gpu", "tests/gpu/device"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    return Section("Correctness", note=done.stdout.strip().splitlines()[-1], failed=done.returncode != 0)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark"]
+    section = Section("Correctness")
+    for tests in (
+        ["-p", "tests.gpu.device.plugin", "tests/gpu/interpreted"],
+        ["-m", "gpu", "tests/gpu/device"],
+    ):
+        done = subprocess.run([*pytest, *tests], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, flush=True)
+        section.note += f"{tests[-1]}: {done.stdout.strip().splitlines()[-1]}. "
+        section.failed |= done.returncode != 0
+    return section
 
 
 def kernels(device: torch.device) -> Section:

@@ -87,8 +87,10 @@ class Counting(TorchDispatchMode):
             with self, observed(then=self._note):
                 return func._op_dk(DispatchKey.CPU, *args, **kwargs)
         outputs = func(*args, **kwargs)
+        made = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
         launches = launches_of(func, args)
-        if launches:
+        # What has no elements is not launched for.
+        if launches and (not made or any(t.numel() for t in made)):
             name = func._schema.name.split("::")[1]
             self.count.operators[name] += launches
             self.count.n_bytes += bytes_of(name, (args, kwargs), outputs)

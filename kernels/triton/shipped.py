@@ -83,9 +83,6 @@ def configurations(launches: Mapping[str, Launch], *, by_switch: bool = True) ->
         sizes = _SHAPES if by_switch else r"(?!BLOCK_|PRECISION)"
         constants = tuple((k, repr(v)) for k, v in launch.constants.items() if not re.match(sizes, k))
         tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
-        operands = (
-            tuple(key for key, value in launch.arguments.items() if value is not None) if by_switch else ()
-        )
         width = min(t.element_size() for t in tensors if t.is_floating_point())
         key = (launch.kernel, constants, width, launch.num_warps, launch.num_stages)
         alike.setdefault(key, []).append(name)

@@ -1,7 +1,10 @@
-"""The runner moves whole buffers there and back, aliases included; every test of the interpreter runs on a device."""
+"""The runner moves whole buffers there and back, aliases included; the plugin takes every test of the interpreter."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from mtl_fast.kernels.triton.launch import Launch
 from tests.gpu.device.runner import run_on
 
 pytestmark = pytest.mark.proof
-GPU = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Kernel:
@@ -37,7 +40,18 @@ def test_buffers_go_there_and_back() -> None:
     assert int(buffer.isnan().sum()) == 14
 
 
-def test_every_test_of_the_interpreter_runs_on_a_device_too() -> None:
-    names = {path.name for path in (GPU / "interpreted").glob("test_*.py")} - {"test_launches.py"}
-    missing = [name for name in sorted(names) if not (GPU / "device" / name).is_file()]
-    assert not missing, f"tests/gpu/device lacks {', '.join(missing)}"
+@pytest.mark.timeout(320)
+def test_the_interpreters_tests_are_collected_for_the_device() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "tests.gpu.device.plugin"]
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, "--collect-only", "tests/gpu/interpreted"],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert collected == {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/interpreted/test_*.py")}

@@ -9,6 +9,7 @@ from bench.gpu.launches import ours, plain
 WIDTHS = (64, 128, 256, 512)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("pixels", [84, 32])
 def test_a_step_launches_twenty_times_less(pixels: int) -> None:
     count, reference = ours(WIDTHS, pixels), plain(WIDTHS, pixels)

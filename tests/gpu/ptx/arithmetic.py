@@ -59,6 +59,18 @@ def _whole(match: re.Match[str], operands: tuple[str, ...], program: Program) ->
     return elementwise(_WHOLE[match[1]], match[2], [match[2]] * 2)(match, operands, program)
 
 
+@executes(r"(add|min|max)\.([su])16x2")
+def _whole_pair(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
+    """On both halves of a register."""
+    half = np.dtype(TYPES[f"{match[2]}16"])
+
+    def function(a: Any, b: Any) -> Any:
+        halves = (np.atleast_1d(value).view(half).reshape(-1, 2) for value in (a, b))
+        return np.ascontiguousarray(_WHOLE[match[1]](*halves)).view(np.uint32)[:, 0]
+
+    return elementwise(function, "b32", ["b32", "b32"])(match, operands, program)
+
+
 @executes(rf"(neg|abs|not)\.{_INTEGER}")
 def _one_whole(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
     function = {"neg": np.negative, "abs": np.abs, "not": np.invert}[match[1]]
@@ -116,12 +128,10 @@ def _extract(match: re.Match[str], operands: tuple[str, ...], program: Program) 
     kind, bits = match[1] + match[2], int(match[2])
 
     def function(a: Any, start: Any, length: Any) -> Any:
-        # To the top and back down: the fill is the field's highest bit, or zero.
-        start, length = start & np.uint32(255), length & np.uint32(255)
-        left = np.maximum(bits - start.astype(np.int64) - length, 0).astype(np.uint32)
-        moved = _shifted_left(_shifted_right(a, start), left + start)
-        out = _shifted_right(moved, np.minimum(left + start, np.uint32(bits)))
-        return np.where(length == 0, np.zeros_like(out), out)
+        start, length = start & np.uint32(255), np.minimum(length & np.uint32(255), np.uint32(bits))
+        # To the top and back down: what lies beyond the field is its highest bit, or zero.
+        up = np.uint32(bits) - length
+        return _shifted_right(_shifted_left(_shifted_right(a, start), up), up) * (length > 0).astype(a.dtype)
 
     return elementwise(function, kind, [kind, "u32", "u32"])(match, operands, program)
 
@@ -188,10 +198,13 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-_UNORDERED: dict[str, Callable[[Any, Any], Any]] = {
-    f"{name}u": (lambda compare: lambda a, b: compare(a, b) | _either_nan(a, b))(compare)
-    for name, compare in _COMPARE.items()
-}
+
+
+def _or_nan(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: compare(a, b) | _either_nan(a, b)
+
+
+_UNORDERED = {f"{name}u": _or_nan(compare) for name, compare in _COMPARE.items()}
 
 
 @executes(

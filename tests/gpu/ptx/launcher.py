@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mtl_fast.kernels.triton.ahead import compile_launch, specialised
 from mtl_fast.kernels.triton.launch import Launch, observed
@@ -106,20 +106,23 @@ class _Empties(TorchDispatchMode):
         if name in self._MAKERS:
             self.written[_key(out)] = _unwritten(out)
             self._kept.append(out)
-        elif not name.startswith("aten::fill_") or not self._filling:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+        else:
+            for position, argument in enumerate(func._schema.arguments):
+                value = args[position] if position < len(args) else (kwargs or {}).get(argument.name)
                 if argument.alias_info and argument.alias_info.is_write and isinstance(value, Tensor):
                     self.written.pop(_key(value), None)
         return out
-
-    _filling = False
 
 
 @contextmanager
 def emulated(chip: str) -> Iterator[list[Launch]]:
     """Within it, launches are executed here. What `torch.empty` makes counts as never written, launch after launch."""
-    with (
-        _Empties() as empties,
-        observed(lambda launch: _run(launch, chip, empties.written, None)) as launches,
-    ):
+    empties = _Empties()
+
+    def execute(launch: Launch) -> None:
+        # What the emulator itself does with the tensors is none of the caller's writing.
+        with _disable_current_modes():
+            _run(launch, chip, empties.written, None)
+
+    with empties, observed(execute) as launches:
         yield launches

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .copies import Copies
-from .faults import Diverged, EarlyAccess, Fault, UnknownInstruction
+from .faults import Diverged, Fault, UnknownInstruction
 from .memory import GlobalMemory, Lanes
 from .parser import Instruction, Program
 from .products import Products
@@ -26,6 +26,11 @@ Mask = NDArray[np.bool_]
 TYPES: dict[str, DTypeLike] = {f"{kind}{bits}": f"u{bits // 8}" for kind in "ub" for bits in (8, 16, 32, 64)}
 TYPES |= {f"s{bits}": f"i{bits // 8}" for bits in (8, 16, 32, 64)}
 TYPES |= {"f16": "f2", "f32": "f4", "f64": "f8", "pred": "?"}
+
+
+SPECIAL = {"%laneid", "%warpid"} | {
+    f"%{name}.{i}" for name in ("tid", "ntid", "ctaid", "nctaid") for i in "xyz"
+}
 
 
 class Active:
@@ -237,6 +242,8 @@ def source(text: str, kind: str, program: Program) -> Callable[[Machine], Any]:
             raise UnknownInstruction(f"{text} has {width} bits, read as {kind}")
         return lambda machine: machine.registers[text].astype(f"u{dtype.itemsize}").view(dtype)
     if text.startswith("%"):
+        if text not in SPECIAL:
+            raise UnknownInstruction(f"not a register: {text}")
         return lambda machine: machine.special[text].astype(dtype)
     value = _literal(text, kind)
     return lambda machine: value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mtl_fast.kernels.triton.launch import Launch
 
@@ -21,11 +21,15 @@ def convolution(
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SLIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """3x3 convolution as an implicit product: rows are pixels, the last ones masked, every tap masked at the edge."""
+    """3x3 convolution as an implicit product: rows are pixels, the last ones masked, every tap masked at the edge.
+
+    With SLIP, a fault put in on purpose, the mask of the columns is that of their neighbours.
+    """
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
@@ -39,7 +43,7 @@ def convolution(
         channel = i % (C_IN // BLOCK_K) * BLOCK_K
         dh = tap // 3 - 1
         dw = tap % 3 - 1
-        m_x = m_m & (o_h + dh >= 0) & (o_h + dh < H) & (o_w + dw >= 0) & (o_w + dw < W)
+        m_x = m_m & (o_h + dh >= 0) & (o_h + dh < H) & (o_w + dw + SLIP >= 0) & (o_w + dw + SLIP < W)
         p_tap = p_x + (o_m + dh * W + dw)[:, None] * C_IN + channel + o_k[None, :]
         b_x = tl.load(p_tap, mask=m_x[:, None], other=0.0)
         p_w = p_weight + (tap * C_IN + channel + o_k)[:, None] + o_n[None, :] * (9 * C_IN)
@@ -87,8 +91,17 @@ def soft_maximum(p_x, p_out, p_best, p_sum, n_rows, n, BLOCK_M: tl.constexpr, BL
 
 
 def convolution_launch(
-    x, weight, shift, out, block=(64, 64, 32), warps=4, stages=3, precision="tf32"
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    block: tuple[int, int, int] = (64, 64, 32),
+    warps: int = 4,
+    precision: str = "tf32",
+    slip: int = 0,
 ) -> Launch:
+    """`convolution` of x [n, h, w, C_IN] and weight [C_OUT, 3, 3, C_IN] into out [n, h, w, C_OUT]."""
     n, h, w, c_in = x.shape
     return Launch(
         kernel=convolution,
@@ -106,16 +119,20 @@ def convolution_launch(
             "C_IN": c_in,
             "C_OUT": weight.shape[0],
             "PRECISION": precision,
+            "SLIP": slip,
             "BLOCK_M": block[0],
             "BLOCK_N": block[1],
             "BLOCK_K": block[2],
         },
         num_warps=warps,
-        num_stages=stages,
+        num_stages=3,
     )
 
 
-def gram_launch(x, out, precision, block_d=32, warps=4) -> Launch:
+def gram_launch(
+    x: Tensor, out: Tensor, precision: str | None, *, block_d: int = 32, warps: int = 4
+) -> Launch:
+    """`gram` of x [t, n, d] into out [t, n, n]."""
     t, n, d = x.shape
     return Launch(
         kernel=gram,
@@ -132,7 +149,8 @@ def gram_launch(x, out, precision, block_d=32, warps=4) -> Launch:
     )
 
 
-def soft_maximum_launch(x, out, best, total, warps=4) -> Launch:
+def soft_maximum_launch(x: Tensor, out: Tensor, best: Tensor, total: Tensor, *, warps: int = 4) -> Launch:
+    """`soft_maximum` of x [rows, n] into out [rows, n], best and total [rows]."""
     rows, n = x.shape
     return Launch(
         kernel=soft_maximum,

@@ -45,7 +45,7 @@ def _shuffle(match: re.Match[str], operands: tuple[str, ...], program: Program) 
     write = target(out, "b32", program)
     write_found = target(found, "pred", program) if found else None
     value, distance, limits = (
-        source(text, kind, program) for text, kind in zip(operands[1:4], ("b32", "u32", "u32"))
+        source(text, kind, program) for text, kind in zip(operands[1:4], ("b32", "u32", "u32"), strict=True)
     )
     if operands[4] not in ("-1", "0xffffffff"):
         raise UnknownInstruction(f"{match[0]} of part of the warp")
@@ -69,6 +69,26 @@ def _shuffle(match: re.Match[str], operands: tuple[str, ...], program: Program) 
         write(machine, np.broadcast_to(value(machine), machine.n_lanes)[start], active)
         if write_found is not None:
             write_found(machine, inside, active)
+
+    return run
+
+
+_TOGETHER = {"add": np.add, "min": np.minimum, "max": np.maximum}
+_TOGETHER |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+
+
+@executes(r"redux\.sync\.(add|min|max|and|or|xor)\.([sub]32)")
+def _reduce(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
+    kind = match[2]
+    value, members = source(operands[1], kind, program), source(operands[2], "u32", program)
+    write = target(operands[0], kind, program)
+
+    def run(machine: Machine, active: Active) -> None:
+        machine.whole(active, 32, "warp")
+        if (np.broadcast_to(members(machine), machine.n_lanes)[active.lanes] != 0xFFFFFFFF).any():
+            raise UnknownInstruction(f"{match[0]} of part of the warp")
+        warps = np.broadcast_to(value(machine), machine.n_lanes).reshape(-1, 32)
+        write(machine, np.repeat(_TOGETHER[match[1]].reduce(warps, 1), 32), active)
 
     return run
 
