@@ -10,11 +10,14 @@ TEST_FLAGS ?= -n 2 -p no:benchmark
 DEMO_FLAGS ?=
 RESULTS_FLAGS ?=
 ABLATION_FLAGS ?=
+CHECK_FLAGS ?=
+# The other Triton that kernels are compiled with: a folder that goes before the environment's packages.
+TRITON39 ?= .venv-triton39
 
 STAMP := $(VENV)/.mtl_fast-env
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean soak shipped-model ablation
+.PHONY: help env native demo test sanitize results docs docs-pictures lint types bench clean soak shipped-model ablation gpu-proof gpu-check kernel-report kernel-budgets
 
 help:
 	@echo "make demo      pre-train, meta-train with and without hard tasks, evaluate, report (minutes)"
@@ -26,6 +29,9 @@ help:
 	@echo "make shipped-model  train and pack the model that the package ships for Glyphs (minutes)"
 	@echo "make sanitize  the native kernels' tests under address and undefined-behaviour sanitizers"
 	@echo "make docs      the pages and the reference, into build/docs/index.html"
+	@echo "make gpu-proof      compile every GPU kernel for every chip with both versions of Triton, and gate it (no GPU needed)"
+	@echo "make kernel-report  what each GPU kernel takes of each chip, its modelled time, launches of a whole step"
+	@echo "make gpu-check      on a machine with an NVIDIA GPU: correctness, times, one report; elsewhere a dry run"
 	@echo "make lint | types | native | env | clean"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS= TEST_FLAGS=$(TEST_FLAGS) DEMO_FLAGS="
 
@@ -46,8 +52,10 @@ native: env
 demo: native
 	$(BIN)/mtl-fast demo --output runs/demo --resume $(DEMO_FLAGS)
 
+# Twice: kernels are interpreted or compiled, which is settled when Triton is imported.
 test: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/gpu/interpreted
 
 # What is killed runs on one thread, so that the bits depend on no other work of the machine.
 soak: native
@@ -90,6 +98,28 @@ types: env
 
 bench: native
 	$(BIN)/python -m pytest bench/ops --benchmark-columns=min,median,rounds
+
+# A folder of its own, for an environment holds one version; torch and all else are the environment's.
+$(TRITON39)/.stamp: requirements/triton39.txt | env
+	@rm -rf $(TRITON39)
+	@$(BIN)/python -m pip install --quiet --no-deps $(PIP_FLAGS) --target $(TRITON39) -r $< || \
+	  { echo "gpu-proof: $$(tail -n 1 $<) cannot be had, and kernels are to be proven with it as well" >&2; exit 1; }
+	@touch $@
+
+# Kernels of both versions, and with the second the execution of its assembly: `make test` does the first's.
+gpu-proof: env $(TRITON39)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.gpu_proof
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON39) $(BIN)/python -m tools.gpu_proof --tests tests/gpu/execution
+
+kernel-budgets: env $(TRITON39)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.kernel_budgets
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON39) $(BIN)/python -m tools.kernel_budgets
+
+kernel-report: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.kernel_report
+
+gpu-check: env
+	$(BIN)/python -m tools.gpu_check $(CHECK_FLAGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

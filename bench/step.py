@@ -72,19 +72,19 @@ class Shape:
 class Problem:
     """The tasks of a step, and every way of taking it from the same start, given the network."""
 
-    def __init__(self, shape: Shape, *, n_tasks: int) -> None:
-        self.shape = shape
-        self.store = random_store(PIXELS, n_classes=max(8, shape.n_way))
+    def __init__(self, shape: Shape, *, n_tasks: int, pixels: int = PIXELS) -> None:
+        self.shape, self.pixels = shape, pixels
+        self.store = random_store(pixels, n_classes=max(8, shape.n_way))
         generator = torch.Generator().manual_seed(0)
         self.sampler = EpisodeSampler(self.store, shape.n_way, shape.n_shot, shape.n_query, generator)
         self.episodes = self.sampler.sample(n_tasks)
 
     def network(self) -> ResNet12:
-        return trained_resnet12(self.shape.widths, PIXELS)
+        return trained_resnet12(self.shape.widths, self.pixels)
 
     def ours(self, encoder: ResNet12, *, images_per_chunk: int | None = None) -> Step:
         """A step that trains Φ of `encoder` itself."""
-        head = self._head()
+        head = self.head()
         engine = EpisodicEngine(
             encoder,
             head,
@@ -118,7 +118,7 @@ class Problem:
 
     def peer(self, name: str, encoder: ResNet12, dtype: torch.dtype = torch.float32) -> Step:
         """A step of the peer `name` on copies of all that `encoder` holds."""
-        layers, head = layers_of(encoder, dtype), self._head().to(dtype)
+        layers, head = layers_of(encoder, dtype), self.head().to(dtype)
         data = Data(self.store.images, PREPROCESS.mean, PREPROCESS.std)
         take: MetaStep
         if name in UNFOLDED:
@@ -139,7 +139,8 @@ class Problem:
         gradients = {name: behind_kinks(value, bound, N_KINKS_DEEP) for name, value in exact.items()}
         return gradients | {"loss": Expected(exact["loss"], bound)}
 
-    def _head(self) -> LinearHead:
+    def head(self) -> LinearHead:
+        """Where each contender's head starts."""
         return LinearHead(self.shape.widths[-1], self.shape.n_way, generator=torch.Generator().manual_seed(1))
 
 

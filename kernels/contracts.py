@@ -73,6 +73,17 @@ class Epilogue:
     pool: bool = False
 
 
+class PackedWeights(NamedTuple):
+    """A weight [O, I, k, k] in the layouts that a GPU's convolution kernels read, in the images' dtype.
+
+    `forward` is [O, k, k, I'], with zeros from I to I'; `rotated`, for the input gradient, is [I, k, k, O] with
+    both orders of taps turned round.
+    """
+
+    forward: Tensor
+    rotated: Tensor
+
+
 @dataclass(frozen=True)
 class EffectiveWeights:
     """What a convolution really multiplies by, computed once a meta-step; holds values, no gradient.
@@ -81,11 +92,13 @@ class EffectiveWeights:
         weight: [O, I/g, k, k] = (γ/σ)·Φ_S1·W, or Φ_S1·W when not folded.
         shift: [O] = (b + Φ_S2 − mean)·γ/σ + β, or b + Φ_S2 when not folded.
         folded: whether the stored norm is inside.
+        packed: the same weight as the kernels of the backend that computed it read it; None where they read `weight`.
     """
 
     weight: Tensor
     shift: Tensor
     folded: bool
+    packed: PackedWeights | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .cli_tools import Build, Data, Doctor, Export, Import, Predict, Presets
+from .cli_tools import Build, Data, Doctor, Export, Import, Predict, Presets, Tune
 from .config import (
     RECIPES,
     Config,
@@ -288,6 +288,7 @@ def commands(config: Config) -> dict[str, Any]:
         "results": Results(),
         "ablation": Ablation(data=config.data),
         "build": Build(),
+        "tune": Tune(),
         "doctor": Doctor(),
     }
 

@@ -61,6 +61,28 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Measure on this GPU which convolution each layer takes, ours or cuDNN's, and store the table that says so."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    """Output channels of the blocks of ResNet-12."""
+    image_sizes: tuple[int, ...] = (84, 32)
+    """Height and width of the images."""
+    precisions: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16",)
+    """Of the images and activations."""
+    n_images: int = 160
+    """In one batch."""
+    device: str = "cuda"
+    """`cuda` or `cuda:1`, …"""
+
+    def run(self) -> None:
+        from .tune import tune
+
+        path = tune(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+        print(f"routes: {path}")
+
+
+@dataclass(frozen=True)
 class Data:
     """Look into data before a run: `mtl-fast data info PATH` says what it is, and draws some of it."""
 

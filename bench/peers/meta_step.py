@@ -92,7 +92,9 @@ class Data:
 
     def load(self, rows: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """Rows [B] → normalised [B, 3, H, W]."""
-        mean, std = (torch.tensor(values, dtype=dtype) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=dtype, device=self.images.device) for values in (self.mean, self.std)
+        )
         x = (self.images[rows].to(dtype) - mean) / std
         return x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+# Run-time arguments by name: tensors (any device, meta too), None, numbers.
+Arguments = dict[str, Tensor | float | None]
+
 # Who wants to see launches instead of having them run: (launch) -> None.
 _observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", default=None)
 
@@ -22,6 +25,7 @@ class Work:
         read, written: compulsory bytes, each tensor element once.
         l2_read: bytes that all programs together ask of L2; 0 counts as `read`.
         matrix: whether `flop` is tensor-core work.
+        padded: operations of whole blocks, padding and all; 0 counts as `flop`.
     """
 
     flop: int = 0
@@ -29,6 +33,12 @@ class Work:
     written: int = 0
     l2_read: int = 0
     matrix: bool = False
+    padded: int = 0
+
+
+def n_bytes(*tensors: Tensor | None) -> int:
+    """Of all elements, each once."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | float | None]
+    arguments: Arguments
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -58,11 +68,15 @@ class Launch:
         return str(self.kernel.__name__)
 
     def run(self) -> None:
-        """Launches the kernel on the current stream, or hands it to whoever observes."""
+        """Launches the kernel, or hands it to whoever observes."""
         observer = _observer.get()
-        if observer is not None:
+        if observer is None:
+            self.start()
+        else:
             observer(self)
-            return
+
+    def start(self) -> None:
+        """Launches the kernel on the current stream, whoever observes."""
         # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
         self.kernel[self.grid](
             **self.arguments,

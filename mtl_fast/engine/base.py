@@ -191,9 +191,9 @@ class Engine(ABC):
         (total if self.loss_scale is None else total * self.loss_scale).backward()
         return StepOutput(task_loss.detach(), class_accuracy(logits.detach(), part.query_labels, part.n_way))
 
+    @abstractmethod
     def _refresh(self) -> Weights:
-        with self.spans("encoder"):
-            return self.encoder.refresh(fold=self.norm == "frozen")
+        """The effective weights of one meta-step."""
 
     def _in_task_order(self, parts: list[Statistics], n_tasks: int) -> Statistics:
         """Statistics of this rank's tasks, chunk after chunk → at their place among those of all tasks."""

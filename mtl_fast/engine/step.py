@@ -54,6 +54,10 @@ class EpisodicEngine(Engine):
         if self.norm != "frozen" and self.ranks.first:
             _warn_of_what_cancels(self.encoder, self.norm)
 
+    def _refresh(self) -> Weights:
+        with self.spans("encoder"):
+            return self.encoder.refresh(fold=self.norm == "frozen", dtype=self.encoder_dtype)
+
     def query_logits(self, episodes: Episodes, weights: Weights | None = None) -> Tensor:
         weights = self._refresh() if weights is None else weights
         embedded = [

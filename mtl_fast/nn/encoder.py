@@ -139,17 +139,20 @@ class Encoder(nn.Module, ABC):
             "backend": self.backend,
         }
 
-    def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
+    def refresh(
+        self, *, fold: bool = True, dtype: torch.dtype | None = None
+    ) -> tuple[EffectiveWeights | None, ...]:
         """`effective_weights` of all layers that read them, for every forward of one meta-step; None of the others.
 
         Args:
             fold: for stored statistics; False for batch statistics (and where `self.fold` is off).
+            dtype: of the images to come, as in `effective_weights`; None is the parameters'.
         """
         fold = fold and self.fold
         operands = [conv.operands() for conv in self.convs()]
         read = [reads_effective_weights(conv, fold=fold, backend=self.backend) for conv in operands]
         readers = [conv for conv, reads in zip(operands, read, strict=True) if reads]
-        computed = iter(effective_weights(readers, fold=fold) if readers else ())
+        computed = iter(effective_weights(readers, fold=fold, dtype=dtype) if readers else ())
         return tuple(next(computed) if reads else None for reads in read)
 
     def update_running(self, statistics: Statistics) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.contracts import EffectiveWeights, Granularity
@@ -65,7 +66,9 @@ class NetworkEncoder(Encoder):
             )
         super().enable_scale_shift(granularity, last_block_only=last_block_only, shift=shift)
 
-    def refresh(self, *, fold: bool = True) -> tuple[EffectiveWeights | None, ...]:
+    def refresh(
+        self, *, fold: bool = True, dtype: torch.dtype | None = None
+    ) -> tuple[EffectiveWeights | None, ...]:
         """None of every layer: the network calls its convolutions itself, and they read their own Φ."""
         return (None,) * len(self.convs())
 

@@ -61,18 +61,18 @@ def runs(
     return True, reason
 
 
-def geometry(filters: FrozenFilters) -> str | None:
-    """What about the geometry the native kernel does not have."""
+def geometry(filters: FrozenFilters, backend: str = "native") -> str | None:
+    """What about the geometry the kernel of a backend does not have."""
     side = tuple(filters.weight.shape[-2:])
     if side not in ((1, 1), (3, 3)):
-        return f"taps of {side[0]}×{side[1]}; the native kernel has 3×3 and 1×1"
+        return f"taps of {side[0]}×{side[1]}; the {backend} kernel has 3×3 and 1×1"
     for name, value in (("stride", filters.stride), ("dilation", filters.dilation)):
         if value not in (1, (1, 1)):
-            return f"{name} {value}; the native kernel has {name} 1"
+            return f"{name} {value}; the {backend} kernel has {name} 1"
     if filters.groups != 1:
-        return f"groups {filters.groups}; the native kernel has one group"
+        return f"groups {filters.groups}; the {backend} kernel has one group"
     if not 0 <= side_padding(filters) < side[0]:
-        return f"padding {filters.padding}; the native kernel has 0..{side[0] - 1}, the same on all sides"
+        return f"padding {filters.padding}; the {backend} kernel has 0..{side[0] - 1}, the same on all sides"
     return None
 
 

@@ -27,6 +27,10 @@ ENVIRONMENT_VARIABLE = "MTL_FAST_BACKEND"
 Predicate = Callable[..., tuple[bool, str]]
 
 
+class Elsewhere(str):
+    """A refusal that goes without saying where nobody asked for the backend: it is for another device."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend that runs and why, as `why` prints it."""
@@ -87,7 +91,8 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
         can, reason = predicate(**facts)
         if can:
             return Choice(name, "; ".join([*refusals, reason]))
-        refusals.append(f"not {name}: {reason}")
+        if not isinstance(reason, Elsewhere):
+            refusals.append(f"not {name}: {reason}")
     raise RuntimeError(f"{op}: no backend can run this call: {'; '.join(refusals)}")
 
 

@@ -26,9 +26,9 @@ number of valid rows; a task without any keeps the initial head. ``n_steps=0`` g
 
 Half-precision inputs are computed in float32, also under autocast.
 
-Backends: `torch` runs everywhere, in either form. `native` runs the dual form on a CPU in float32, with at most
-128 support rows and 64 classes a task; its gradients are closed forms, and their own derivatives go through the
-reference.
+Backends: `torch` runs everywhere, in either form. `native` runs the dual form on a CPU in float32, `triton` on a GPU,
+a whole batch of tasks in one launch (``form="auto"`` is always dual there), both with at most 128 support rows and 64
+classes a task; their gradients are closed forms, and those' own derivatives go through the reference.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ from torch import Tensor
 
 from ..kernels.reference import base_learner as reference
 from . import _base_learner_native as native
+from . import _base_learner_triton as triton
 from .backend import choose, register
 
 Order = Literal["first", "second"]
 Form = Literal["auto", "dual", "primal"]
 
-_IMPLEMENTATIONS = {"torch": reference, "native": native}
+_IMPLEMENTATIONS = {"torch": reference, "native": native, "triton": triton}
 register("base_learner", "native", native.can_run)
+register("base_learner", "triton", triton.can_run)
 
 
 def base_learner(
@@ -89,7 +91,8 @@ def base_learner(
 
     Raises:
         ValueError, TypeError: an argument that breaks the above, with its shape and the one it must fit.
-            Labels are checked on the CPU only (a GPU asserts on the device, as in any indexing).
+            Labels are checked on the CPU only (on a GPU `torch` asserts on the device, as in any indexing; with
+            `triton` a label out of range makes the results of its task NaN).
     """
     _check(support, support_labels, weight, bias, inner_lr, n_steps, order, form, support_mask)
     _check_query(query, support, weight)

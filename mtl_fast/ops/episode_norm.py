@@ -9,27 +9,36 @@ from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, Epilogue, Normalised
 from ..kernels.reference import episode_norm as reference
-from . import _check, _episode_norm_native
-from .backend import choose, register
+from . import _check, _episode_norm_native, _episode_norm_triton
+from .backend import Predicate, choose, register
 
-_IMPLEMENTATIONS = {"torch": reference.episode_norm, "native": _episode_norm_native.episode_norm}
-
-
-def _native_runs(
-    z: Tensor | None = None,
-    norm: ChannelNorm | None = None,
-    epilogue: Epilogue | None = None,
-    residual: Tensor | None = None,
-    gather: Callable[[Tensor], Tensor] | None = None,
-    **_: Any,
-) -> tuple[bool, str]:
-    if gather is not None:
-        return False, "its statistics span several processes"
-    norm = norm or ChannelNorm(None, None)
-    return _episode_norm_native.runs(z, norm, epilogue or Epilogue(), residual)
+_IMPLEMENTATIONS = {
+    "torch": reference.episode_norm,
+    "native": _episode_norm_native.episode_norm,
+    "triton": _episode_norm_triton.episode_norm,
+}
 
 
-register("episode_norm", "native", _native_runs)
+def _predicate(runs: Callable[..., tuple[bool, str]]) -> Predicate:
+    """Of a backend with operators: what its `runs` says, given a call's facts."""
+
+    def can_run(
+        z: Tensor | None = None,
+        norm: ChannelNorm | None = None,
+        epilogue: Epilogue | None = None,
+        residual: Tensor | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+        **_: Any,
+    ) -> tuple[bool, str]:
+        if gather is not None:
+            return False, "its statistics span several processes"
+        return runs(z, norm or ChannelNorm(None, None), epilogue or Epilogue(), residual)
+
+    return can_run
+
+
+register("episode_norm", "native", _predicate(_episode_norm_native.runs))
+register("episode_norm", "triton", _predicate(_episode_norm_triton.runs))
 
 
 def episode_norm(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import images as reference
-from .backend import choose
+from . import _images_triton as triton
+from .backend import choose, register
 
-_IMPLEMENTATIONS = {"torch": reference}
+_IMPLEMENTATIONS = {"torch": reference.images, "triton": triton.images}
+register("images", "triton", triton.can_run)
 
 
 def images(
@@ -50,8 +52,8 @@ def images(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than above, a window larger than
             the padded image. Values of `crop` and `index` are checked on the CPU, where that needs no
-            readback; on a device a window off the padded image is moved inside it, and `index` is left to the
-            device's own assertion.
+            readback; on a device a window off the padded image is moved inside it, and an `index` outside the store is
+            left to the device's own assertion with `torch`, and makes an image of NaN with `triton`.
     """
     if store.ndim != 4 or store.shape[3] != 3 or 0 in store.shape[1:]:
         raise ValueError(f"store: expected [N, H, W, 3], got {list(store.shape)}")
@@ -85,7 +87,7 @@ def images(
         raise ValueError(f"padding: expected at least 0, got {padding}")
     _check_window(store, index, crop, size, padding)
     choice = choose("images", backend, store=store, crop=crop, flip=flip, dtype=dtype)
-    return _IMPLEMENTATIONS[choice.backend].images(
+    return _IMPLEMENTATIONS[choice.backend](
         store, index, mean=mean, std=std, crop=crop, size=size, padding=padding, flip=flip, dtype=dtype
     )
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
 from ..kernels.reference import episode_norm as reference_norm
 from ..kernels.reference import ss_block as reference
-from . import _check, _episode_norm_native, _ss_conv_native
+from . import _check, _episode_norm_native, _ss_block_triton, _ss_conv_native, _ss_layers_triton
 from .backend import choose, register
+from .episode_norm import episode_norm
 from .task_conv import task_conv
 
 
@@ -37,7 +38,23 @@ def _native_runs(
     return _ss_conv_native.runs(layers, x, epilogue, None, fold)
 
 
+def _triton_runs(
+    convs: Sequence[ConvOperands] = (),
+    shortcut: ConvOperands | None = None,
+    x: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    n_groups: int = 0,
+    fold: bool = True,
+    **_: Any,
+) -> tuple[bool, str]:
+    layers = [*convs] if shortcut is None else [*convs, shortcut]
+    if n_groups:
+        layers = [conv.without_norm() for conv in layers]
+    return _ss_layers_triton.runs(layers, x, epilogue or Epilogue(), None, fold)
+
+
 register("ss_block", "native", _native_runs)
+register("ss_block", "triton", _triton_runs)
 
 
 def ss_block(
@@ -134,6 +151,9 @@ def ss_block(
         options = {"convolve": _ss_conv_native.ss_conv, "normalise": _episode_norm_native.episode_norm}
     if gather is not None:
         options["normalise"] = partial(reference_norm.episode_norm, gather=gather)
-    return reference.ss_block(
-        x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold, **options
-    )
+    run = reference.ss_block
+    if choice.backend == "triton":
+        run = _ss_block_triton.ss_block
+        # Batch statistics follow the convolutions as an operation of their own, on whichever backend has it.
+        options.setdefault("normalise", episode_norm)
+    return run(x, convs, shortcut, epilogue=epilogue, n_groups=n_groups, mask=mask, fold=fold, **options)

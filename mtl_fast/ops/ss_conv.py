@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue
 from ..kernels.reference import ss_conv as reference
-from . import _check, _ss_conv_native
+from . import _check, _ss_conv_native, _ss_conv_triton
 from .backend import choose, register
 
+_BACKENDS = {"native": _ss_conv_native, "triton": _ss_conv_triton}
 
-def _native_runs(
+
+def _runs(
+    backend: str,
     conv: ConvOperands | None = None,
     x: Tensor | None = None,
     epilogue: Epilogue | None = None,
@@ -20,10 +24,11 @@ def _native_runs(
     fold: bool = True,
     **_: Any,
 ) -> tuple[bool, str]:
-    return _ss_conv_native.runs([conv] if conv else [], x, epilogue or Epilogue(), residual, fold)
+    return _BACKENDS[backend].runs([conv] if conv else [], x, epilogue or Epilogue(), residual, fold)
 
 
-register("ss_conv", "native", _native_runs)
+for _name in _BACKENDS:
+    register("ss_conv", _name, partial(_runs, _name))
 
 
 def ss_conv(
@@ -72,9 +77,8 @@ def ss_conv(
     _check.stored_norm("conv", conv)
     _check.epilogue(epilogue, _check.output_shape(x.shape, conv.filters), residual)
     choice = choose("ss_conv", backend, x=x, conv=conv, epilogue=epilogue, residual=residual, fold=fold)
-    if choice.backend == "native":
-        return _ss_conv_native.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
-    return reference.ss_conv(x, conv, epilogue=epilogue, residual=residual, fold=fold)
+    run = _BACKENDS[choice.backend].ss_conv if choice.backend in _BACKENDS else reference.ss_conv
+    return run(x, conv, epilogue=epilogue, residual=residual, fold=fold)
 
 
 def reads_effective_weights(conv: ConvOperands, *, fold: bool = True, backend: str = "auto") -> bool:

@@ -112,8 +112,22 @@ def gradients_of(engine: EpisodicEngine) -> dict[str, Tensor]:
     return {name: p.grad for name, p in parameters(engine) if p.grad is not None}
 
 
+def test_the_refresh_knows_the_images_to_come(
+    small_store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(small_store, "conv4", torch.bfloat16)
+    asked, refresh = [], engine.encoder.refresh
+    monkeypatch.setattr(
+        engine.encoder, "refresh", lambda **options: asked.append(options) or refresh(**options)
+    )
+    engine.step(tasks(small_store, 1))
+    assert asked == [{"fold": True, "dtype": torch.bfloat16}]
+
+
 def test_tf32_is_left_to_the_switches_of_torch() -> None:
     root = Path(mtl_fast.__file__).parent
-    switches = re.compile(r"allow_tf32|set_float32_matmul_precision|fp32_precision")
-    touching = [path for path in root.rglob("*.py") if switches.search(path.read_text("utf-8"))]
+    # Kernels read them; nothing sets one.
+    switches = re.compile(r"(allow_tf32|fp32_precision) = |set_float32_matmul_precision")
+    files = [*root.rglob("*.py"), *(root / "kernels").rglob("*.py")]
+    touching = [path for path in files if switches.search(path.read_text("utf-8"))]
     assert not touching

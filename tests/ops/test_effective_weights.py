@@ -112,3 +112,11 @@ def test_a_norm_without_statistics_does_where_it_is_not_folded() -> None:
     conv = ConvOperands(FrozenFilters(WEIGHT), norm=ChannelNorm(None, None))
     (effective,) = effective_weights([conv], fold=False)
     assert torch.equal(effective.weight, WEIGHT)
+
+
+def test_plain_pytorch_leaves_rounding_to_the_convolutions() -> None:
+    conv = Random(6).conv(3, 5)
+    (wanted,), (plain,) = (effective_weights([conv], dtype=d, backend="torch") for d in (torch.float16, None))
+    assert wanted.packed is None
+    assert torch.equal(wanted.weight, plain.weight)
+    assert wanted.weight.dtype == torch.float64

@@ -1,0 +1,64 @@
+"""The PTX of the way back through activation and pooling, executed, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtl_fast.kernels.contracts import ChannelNorm, Epilogue
+from mtl_fast.kernels.triton.epilogue_backward import SavedOutput, unwind
+from tests.conv_cases import Random
+from tests.gpu.conv_backward_cases import Saved, assert_within, poisoned, root_sum_of_squares
+from tests.gpu.execution.cases import EPS32, TYPES, by_chip, by_type, rounded
+from tests.gpu.ptx.launcher import emulated
+
+pytestmark = pytest.mark.proof
+FORMS = {
+    "common": Epilogue("after_residual", 0.1),
+    "common pooled": Epilogue("after_residual", 0.1, pool=True),
+    "tensorflow pooled": Epilogue("before_residual", 0.1, pool=True),
+}
+SIZES = {"odd": (2, 5, 7, 5), "prime": (3, 67, 3, 5), "even": (2, 64, 6, 4)}
+
+
+@by_chip
+@by_type
+@pytest.mark.parametrize("epilogue", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_gradients_and_sums(
+    chip: str, kind: str, epilogue: Epilogue, size: tuple[int, int, int, int]
+) -> None:
+    dtype = TYPES[kind]
+    saved = Saved(size, epilogue, dtype, residual=True)
+    random, n_channels = Random(5, torch.float32), size[1]
+    norm = ChannelNorm(random.normal(n_channels), poisoned(random.positive(n_channels)), None, None)
+    scale, shift = random.positive(n_channels, 1, 1, 1), random.normal(n_channels)
+    by_output = SavedOutput(poisoned(scale), saved.y, saved.residual, poisoned(shift))
+    with emulated(chip) as launches:
+        got = unwind(
+            saved.grad,
+            saved.codes,
+            epilogue=epilogue,
+            size=saved.size,
+            norm=norm,
+            dtype=torch.float32,
+            saved=by_output,
+        )
+    assert len(launches) == 2
+    inner = saved.inner()
+    expected = saved.scattered(inner)
+    # The slope itself is rounded to float32.
+    assert_within(got.inner, expected, rounded(expected, dtype) + EPS32 * expected.abs(), "G")
+    factor = 1 / (norm.var.double() + norm.eps).sqrt()
+    n_terms = inner[:, 0].numel() + 8
+    bound = EPS32 * n_terms**0.5 * root_sum_of_squares(inner) * factor
+    assert_within(got.shift, inner.sum(dim=(0, 2, 3)) * factor, bound, "shift")
+    wide = [t.double().view(1, -1, 1, 1) for t in (scale, shift)]
+    terms = inner * (saved.at_codes(saved.z) - wide[1]) / wide[0]
+    up = torch.where((saved.codes & 4) != 0, 1.0, 1 / epilogue.slope)
+    residual = saved.at_codes(saved.residual.double()).abs()
+    parts = (saved.y.double().abs() + residual) * up + wide[1].abs()
+    relative = torch.finfo(dtype).eps + EPS32 * n_terms**0.5
+    assert_within(
+        got.scale, terms.sum(dim=(0, 2, 3)), relative * root_sum_of_squares(inner * parts / wide[0]), "scale"
+    )

@@ -1,0 +1,58 @@
+"""The PTX of the gradient of Φ_S1 as a product over pixels, executed, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.grad import conv2d_weight
+
+from mtl_fast.kernels.contracts import ChannelNorm
+from mtl_fast.kernels.triton.scale_gradient import filter_products, scale_gradient
+from tests.conv_cases import Random
+from tests.gpu.conv_backward_cases import assert_within, images, poisoned
+from tests.gpu.execution.cases import EPS32, TYPES, by_chip, by_type, precision, taken
+from tests.gpu.ptx.launcher import emulated
+
+pytestmark = pytest.mark.proof
+# n, n_in, n_out, height, width, k
+SIZES = {
+    "images": (2, 3, 67, 5, 7, 3),
+    "prime": (2, 37, 71, 5, 7, 3),
+    "even": (2, 64, 64, 6, 5, 3),
+    "1x1": (2, 37, 17, 9, 5, 1),
+}
+
+
+@by_chip
+@by_type
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_both_granularities(chip: str, kind: str, size: tuple[int, ...]) -> None:
+    n, n_in, n_out, height, width, k = size
+    random = Random(3)
+    x = images(random, n, n_in, height, width, dtype=TYPES[kind])
+    grad = images(random, n, n_out, height, width, dtype=TYPES[kind])
+    weight = random.normal(n_out, n_in, k, k).float()
+    taps = poisoned(weight.permute(0, 2, 3, 1).contiguous())
+    norm = ChannelNorm(None, poisoned(random.positive(n_out).float()))
+    lost = (torch.arange(n_out) % 3 == 0).to(torch.uint8)
+    kept = torch.full((n_out,), -7.0)
+    by_filter = kept.clone()
+    with precision(kind), emulated(chip):
+        got = scale_gradient(x, grad, taps, padding=k // 2, norm=norm, dtype=torch.float32)
+        filter_products(x, grad, taps, padding=k // 2, norm=norm, lost=poisoned(lost), scale_grad=by_filter)
+    factor = 1 / (norm.var.double() + norm.eps).sqrt()[:, None]
+    values, squares = (
+        (
+            conv2d_weight(f(taken(x, kind)), weight.shape, f(taken(grad, kind)), padding=k // 2)
+            * f(weight.double())
+        )
+        for f in (lambda t: t, torch.square)
+    )
+    expected = values.sum(dim=(2, 3)) * factor
+    natural = squares.sum(dim=(2, 3)).sqrt() * factor
+    n_terms = k * k * n * height * width + 8
+    assert_within(got, expected, EPS32 * n_terms**0.5 * natural, "kernel")
+    bound = EPS32 * (n_in * n_terms) ** 0.5 * natural.square().sum(1).sqrt()
+    chosen = lost != 0
+    assert_within(by_filter[chosen], expected.sum(1)[chosen], bound[chosen], "filter")
+    assert torch.equal(by_filter[~chosen], kept[~chosen])

@@ -1,0 +1,168 @@
+"""`ss_block` on the Triton kernels, in the interpreter: forward and every gradient against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl_fast.kernels.contracts import ConvOperands, Epilogue
+from mtl_fast.kernels.triton.launch import Launch, observed
+from mtl_fast.ops import ss_block, ss_conv
+from tests.conv_cases import Random, assert_near, rebuilt, tensors
+from tests.gpu.conv_backward_cases import called
+from tests.native_cases import Kinks, assert_near_as_torch, double
+
+FORMS = {
+    "common": Epilogue("after_residual", 0.1, pool=True),
+    "tensorflow": Epilogue("before_residual", 0.1, pool=True),
+}
+by_form = pytest.mark.parametrize("form", FORMS)
+by_granularity = pytest.mark.parametrize("granularity", ["kernel", "filter"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+def make(
+    form: str, granularity: str, dtype: torch.dtype, seed: int, size: tuple[int, int] = (5, 6)
+) -> tuple[Tensor, list[ConvOperands]]:
+    """Images [2, 3, *size] of `dtype` and a block's operands in float32, the shortcut first, with Φ of its own."""
+    random = Random(seed, torch.float32)
+    norm = "both" if form == "common" else "bias"
+    convs = [random.conv(c, 7, granularity=granularity, norm=norm) for c in (3, 7, 7)]
+    shortcut = random.conv(3, 7, 1, granularity=granularity, norm=norm if form == "common" else None)
+    return random.images(2, 3, *size).to(dtype), [shortcut, *convs]
+
+
+def results(x: Tensor, layers: list[ConvOperands], form: str, backend: str, **options: Any) -> list[Tensor]:
+    """The output and the gradients of x and of the scale-and-shift tensors."""
+    x = x.clone().requires_grad_()
+    made, wanted = [], [x]
+    for conv in layers:
+        values = {
+            name: t.clone().requires_grad_(name in ("scale", "shift")) for name, t in tensors(conv).items()
+        }
+        made.append(rebuilt(conv, values))
+        wanted += [t for t in values.values() if t.requires_grad]
+    out = ss_block(x, made[1:], made[0], epilogue=FORMS[form], backend=backend, **options).output
+    cotangent = Random(99).normal(*out.shape).to(torch.float16).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
+
+
+def decided(
+    form: str, granularity: str, dtype: torch.dtype
+) -> tuple[Tensor, list[ConvOperands], list[Tensor]]:
+    """Operands whose activations are all farther from their kinks than rounding, and the float64 results."""
+    margin = torch.finfo(dtype).eps * (9 * 7 + 8) ** 0.5 / 8
+    for seed in range(400):
+        # A small map has fewer kinks to come near to.
+        x, layers = make(form, granularity, dtype, seed, (2, 3) if dtype == torch.float16 else (5, 6))
+        with Kinks() as kinks:
+            exact = results(x.double(), [double(conv) for conv in layers], form, "torch")
+        if kinks.nearest > margin:
+            return x, layers, exact
+    raise AssertionError("no operands whose activations are all decided")
+
+
+@DTYPES
+@by_form
+@by_granularity
+def test_values_and_gradients(dtype: torch.dtype, form: str, granularity: str) -> None:
+    x, layers, exact = decided(form, granularity, dtype)
+    triton = results(x, layers, form, "triton")
+    # PyTorch's own error, of images and weights of the same dtype.
+    plain = results(x, layers, form, "torch")
+    names = [f"result {i}" for i in range(len(exact))]
+    assert_near_as_torch(triton, plain, exact, 9 * 7 * x[:, 0].numel(), names, dtype=dtype, amplified=False)
+
+
+@by_form
+@by_granularity
+def test_a_block_is_its_convolutions_one_by_one(form: str, granularity: str) -> None:
+    """The block's end sums the shortcut's product unrounded, so to rounding."""
+    x, layers, _ = decided(form, granularity, torch.float32)
+
+    def one_by_one(x: Tensor, convs: list[ConvOperands], shortcut: ConvOperands) -> Tensor:
+        residual = ss_conv(x, shortcut, backend="triton")
+        for conv in convs[:-1]:
+            x = ss_conv(x, conv, epilogue=replace(FORMS[form], pool=False), backend="triton")
+        return ss_conv(x, convs[-1], epilogue=FORMS[form], residual=residual, backend="triton")
+
+    block = results(x, layers, form, "triton")[0]
+    separate = one_by_one(x, layers[1:], layers[0])
+    assert_near(block, separate, torch.finfo(torch.float32).eps * (9 * 7) ** 0.5)
+
+
+@by_form
+def test_a_block_of_another_form_runs_layer_by_layer(form: str) -> None:
+    random = Random(3, torch.float32)
+    x, convs = random.images(2, 4, 5, 4), [random.conv(4, 4) for _ in range(2)]
+    ours, plain = (
+        ss_block(x, convs, None, epilogue=FORMS[form], backend=backend).output
+        for backend in ("triton", "torch")
+    )
+    exact = ss_block(x.double(), [double(conv) for conv in convs], None, epilogue=FORMS[form]).output
+    assert_near_as_torch([ours], [plain], [exact], 9 * 4, ["output"], dtype=torch.float32, amplified=False)
+
+
+@by_form
+def test_batch_statistics_follow_the_convolutions(form: str) -> None:
+    x, layers = make(form, "kernel", torch.float32, 1)
+    exact = results(x.double(), [double(conv) for conv in layers], form, "torch", n_groups=2)
+    ours, plain = (results(x, layers, form, backend, n_groups=2) for backend in ("triton", "torch"))
+    assert_near_as_torch(
+        ours[:1], plain[:1], exact[:1], 9 * 7, ["output"], dtype=torch.float32, amplified=False
+    )
+
+
+@by_form
+def test_second_derivatives_go_through_pytorch(form: str) -> None:
+    found = []
+    x, layers, _ = decided(form, "kernel", torch.float32)
+    for backend in ("triton", "torch"):
+        scale = layers[1].scale.clone().requires_grad_()
+        convs = [replace(layers[1], scale=scale), *layers[2:]]
+        y = ss_block(x, convs, layers[0], epilogue=FORMS[form], backend=backend).output
+        (first,) = torch.autograd.grad(y, scale, y, create_graph=True)
+        found.append([first.detach(), *torch.autograd.grad(first.square().sum(), scale)])
+    for ours, expected in zip(*found, strict=True):
+        # Three layers of 63 terms, over 60 pixels, twice.
+        assert_near(ours, expected, 3 * (63 * 60) ** 0.5 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize(("form", "granularity"), [("common", "kernel"), ("tensorflow", "filter")])
+def test_opcheck(form: str, granularity: str) -> None:
+    x, layers = make(form, granularity, torch.float32, 0)
+    with called("triton_ss_block", "triton_ss_block_backward") as calls:
+        results(x, layers, form, "triton")
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(*calls[0], test_utils="test_autograd_registration")
+
+
+def launched(form: str, granularity: str, wanted: tuple[str, ...]) -> list[str]:
+    """The kernels of a forward and a backward pass in which `wanted` of each layer, and x, take a gradient."""
+    x, layers = make(form, granularity, torch.float32, 0)
+    ran: list[str] = []
+
+    def run(launch: Launch) -> None:
+        ran.append(launch.name)
+
+    made = [
+        rebuilt(conv, {n: t.requires_grad_(n in wanted) for n, t in tensors(conv).items()}) for conv in layers
+    ]
+    with observed(run):
+        out = ss_block(x, made[1:], made[0], epilogue=FORMS[form], backend="triton").output
+        out.sum().backward()
+    return ran
+
+
+def test_a_block_takes_few_launches() -> None:
+    """Forward: refresh and three convolutions, the shortcut in the last; no weight gradient, no sum of its own."""
+    ran = launched("common", "kernel", ("scale", "shift"))
+    forward = ran[: ran.index("unwind_kernel")]
+    assert len(forward) == 4, forward
+    # Three unwound layers and the shortcut's sums, each with its sums; four products with theirs; two input gradients.
+    assert len(ran) - len(forward) == 2 * 4 + 2 * 4 + 2, ran[len(forward) :]

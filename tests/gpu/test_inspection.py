@@ -1,0 +1,98 @@
+"""Each gate of a compiled kernel lets a good one pass, and sees its fault in one that has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mtl_fast.kernels.triton import interpreted
+from mtl_fast.kernels.triton.ahead import CHIPS
+from mtl_fast.kernels.triton.inspection import Inspection, faults, inspect, resident
+
+pytest.importorskip("triton")
+from tests.gpu import planted
+
+pytestmark = [
+    pytest.mark.proof,
+    pytest.mark.skipif(interpreted(), reason="in this process kernels are interpreted, not compiled"),
+]
+
+
+def faults_of(chip: str, longest_loop: int | None = 1000, **fault: Any) -> list[str]:
+    launch = planted.launch(**fault)
+    return faults(launch, inspect(launch, chip), longest_loop)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_good_kernel_passes_every_gate(chip: str) -> None:
+    assert faults_of(chip) == []
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_planted_spilling_configuration(chip: str) -> None:
+    (fault,) = faults_of(chip, longest_loop=10_000, block_m=256, block_n=256, num_stages=2)
+    assert fault.startswith("spills: ")
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_planted_missing_tensor_core(chip: str) -> None:
+    found = faults_of(
+        chip, longest_loop=100_000, dtype=torch.float32, precision="ieee", block_m=16, block_n=16
+    )
+    assert found == [f"its products run on no tensor core, not on {CHIPS[chip].matrix}"]
+
+
+def test_planted_instruction_of_an_older_chip() -> None:
+    """Of 16 rows the compiler makes no instruction for four warps together."""
+    assert faults_of("sm_90", block_m=16) == ["its products run on HMMA.16816.F32.BF16, not on HGMMA"]
+
+
+def test_planted_shared_memory_beyond_the_chip() -> None:
+    deep = {"block_m": 128, "block_n": 128, "num_stages": 5, "num_warps": 8}
+    assert faults_of("sm_80", **deep) == []
+    (fault,) = faults_of("sm_86", block_k=64, **deep)
+    assert fault == f"{4 * 2 * 128 * 64 * 2} bytes of shared memory; sm_86 gives a program {99 * 1024}"
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_planted_synchronous_loads(chip: str) -> None:
+    assert faults_of(chip, scatters=True) == [
+        "3 stages are asked for, and the main loop waits for its loads: nothing is copied asynchronously"
+    ]
+    assert faults_of(chip, scatters=True, num_stages=1) == []
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_planted_division_in_the_main_loop(chip: str) -> None:
+    assert faults_of(chip, divides=True) == ["the main loop divides whole numbers"]
+
+
+def test_planted_loop_longer_than_its_budget() -> None:
+    length = inspect(planted.launch(), "sm_80").loop
+    assert length > 20
+    assert faults_of("sm_80", longest_loop=length) == []
+    (fault,) = faults_of("sm_80", longest_loop=length - 1)
+    assert fault == f"the main loop has {length} instructions, more than the {length - 1} allowed"
+    (fault,) = faults_of("sm_80", longest_loop=None)
+    assert fault.startswith("no budget is stored")
+
+
+def test_a_multiprocessor_holds_what_its_scarcest_resource_allows() -> None:
+    chip = CHIPS["sm_80"]
+    assert resident(chip, num_warps=4, registers=32, shared=0) == 2048 // 128
+    assert resident(chip, num_warps=8, registers=128, shared=0) == 65536 // (128 * 256)
+    assert resident(chip, num_warps=8, registers=129, shared=0) == 65536 // (136 * 256)
+    assert resident(chip, num_warps=1, registers=16, shared=40 * 1024) == 4
+    assert resident(chip, num_warps=1, registers=16, shared=163 * 1024) == 1
+    assert resident(chip, num_warps=1, registers=16, shared=164 * 1024) == 0
+
+
+def test_what_was_inspected_is_plain_data() -> None:
+    found = inspect(planted.launch(), "sm_90")
+    assert found == Inspection(**vars(found))
+    assert (found.chip, found.num_warps, found.spilled) == ("sm_90", 4, 0)
+    assert found.matrix.startswith("HGMMA.64x64x16")
+    # One pass is one step of BLOCK_K.
+    assert found.loop_flop == 2 * 64 * 64 * 32

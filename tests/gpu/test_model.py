@@ -1,0 +1,95 @@
+"""The model of a kernel's time: each term by hand, the larger one limits, factors multiply; the page shows them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtl_fast.kernels.triton import interpreted
+
+pytest.importorskip("triton")
+if interpreted():
+    pytest.skip("in this process kernels are interpreted, not compiled", allow_module_level=True)
+
+from bench.gpu import report
+from bench.gpu.cards import CARDS, Card
+from bench.gpu.launches import Count
+from bench.gpu.model import modelled, rate
+from mtl_fast.kernels.triton.ahead import CHIPS
+from mtl_fast.kernels.triton.inspection import Inspection
+from mtl_fast.kernels.triton.launch import Work
+from tests.gpu import planted
+
+pytestmark = pytest.mark.proof
+
+# Rates that make every term a number to be seen: 8 multiprocessors at 1 GHz.
+CARD = Card("test", "Test", "sm_80", 8, 1e9, 100e12, 50e12, 10e12, 1e12, "nowhere")
+FOUND = Inspection("sm_80", 64, 0, 1024, 4, 2, "HMMA.16816.F32.BF16", 300, 120, 2**20, True, False, False)
+LAUNCH = replace(
+    planted.launch(),
+    grid=(12, 1),
+    work=Work(flop=2**30, read=10**6, written=10**6, l2_read=10**8, matrix=True),
+)
+
+
+def test_terms_are_those_of_the_equation() -> None:
+    time = modelled(LAUNCH, FOUND, CARD)
+    assert time.products == pytest.approx(2**30 / (100e12 * 750 / 989))
+    assert time.memory == pytest.approx(2e6 / (1e12 * 3.0 / 3.35))
+    assert time.l2 == pytest.approx(101e6 / (6e12 / (132 * 1.755e9) * 8 * 1e9))
+    # 1024 passes of 120 instructions by 4 warps, on 8 multiprocessors of 4 schedulers.
+    assert time.issue == pytest.approx(1024 * 120 * 4 / (8 * 4 * 1e9))
+    # 12 programs on 8 multiprocessors: the fullest has 2, the mean 1.5.
+    assert time.waves == pytest.approx(2 / 1.5)
+    assert time.padding == 1
+    assert time.limit == "L2"
+    assert time.seconds == pytest.approx(time.l2 * time.waves)
+
+
+def test_padding_and_waves_multiply() -> None:
+    padded = replace(LAUNCH, work=replace(LAUNCH.work, padded=3 * 2**29))
+    assert modelled(padded, FOUND, CARD).seconds == pytest.approx(1.5 * modelled(LAUNCH, FOUND, CARD).seconds)
+
+
+def test_a_kernel_without_products_has_no_issue_term_and_the_rate_of_float32() -> None:
+    plain = replace(LAUNCH, work=Work(flop=100, read=10**9, written=0))
+    time = modelled(plain, replace(FOUND, loop_flop=0), CARD)
+    assert (time.issue, time.limit) == (0, "L2")
+    assert rate(plain, CARD) == CARD.fp32
+    assert time.l2 == pytest.approx(1e9 / CARD.l2)
+
+
+def test_products_run_at_the_rate_of_their_dtype() -> None:
+    assert rate(LAUNCH, CARD) == pytest.approx(100e12 * 750 / 989)
+    assert rate(planted.launch(dtype=torch.float32), CARD) == pytest.approx(50e12 * 750 / 989)
+
+
+def test_there_is_a_card_for_every_chip() -> None:
+    assert {card.capability for card in CARDS} == set(CHIPS)
+    assert len({card.name for card in CARDS}) == len(CARDS)
+
+
+def test_the_page_says_what_was_modelled_and_shows_each_term(tmp_path: Path) -> None:
+    made = report.rows({"planted/product": LAUNCH}, {"planted/product": FOUND}, CARD)
+    steps = {
+        "plain PyTorch": {32: Count(Counter(), Counter(mm=100), 10**9)},
+        "ours": {32: Count(Counter(product=3), Counter(add=2), 10**8)},
+    }
+    page = report.write(tmp_path, made, steps, CARD)
+    text = page.read_text("utf-8")
+    assert "**Times are modelled, none was measured**" in text
+    line = next(line for line in text.splitlines() if line.startswith("| planted/product"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:7] == ["64", "0", "1024", "2", "HMMA.16816.F32.BF16", "120"]
+    assert cells[-1] == "L2"
+    assert len(cells) == len(report.COLUMNS)
+    assert "20.0×" in next(line for line in text.splitlines() if line.startswith("| ours @ 32"))
+    stored = json.loads(page.with_suffix(".json").read_text("utf-8"))
+    assert stored["times"] == "modelled"
+    assert stored["kernels"][0]["seconds"] == pytest.approx(modelled(LAUNCH, FOUND, CARD).seconds)
+    assert stored["steps"]["ours"]["32"]["kernels"] == {"product": 3}

@@ -1,0 +1,88 @@
+"""The commands around the gates: what `gpu-proof` says and remembers, what `kernel-report` and `kernel-budgets` write."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtl_fast.kernels.triton import interpreted
+
+pytest.importorskip("triton")
+if interpreted():
+    pytest.skip("in this process kernels are interpreted, not compiled", allow_module_level=True)
+
+from bench.gpu.launches import Count
+from mtl_fast.kernels.triton.ahead import CHIPS
+from mtl_fast.kernels.triton.inspection import Inspection
+from tests.gpu import budgets, planted
+from tools import gpu_proof, kernel_budgets, kernel_report
+
+pytestmark = pytest.mark.proof
+
+FOUND = Inspection("", 64, 0, 1024, 4, 2, "", 300, 120, 2**20, True, False, False)
+NAME = "planted/product"
+
+
+def inspected(names: Sequence[str], chips: Iterable[str], **changed: int) -> Iterator[tuple[str, Inspection]]:
+    """As the real one, with an instruction that every chip takes for its own."""
+    for chip in chips:
+        matrix = CHIPS[chip].matrix.replace(r"\w*", "H")
+        for name in names:
+            yield name, replace(FOUND, chip=chip, matrix=matrix, **changed)
+
+
+@pytest.fixture(autouse=True)
+def one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted product is all that is shipped; its main loop may be as long as it is."""
+    for tool in (gpu_proof, kernel_report, kernel_budgets):
+        monkeypatch.setattr(tool, "shipped", lambda: {NAME: planted.launch()})
+        monkeypatch.setattr(tool, "inspected", inspected)
+    monkeypatch.setattr(gpu_proof, "PASSED", tmp_path / "passed")
+    monkeypatch.setattr(gpu_proof.budgets, "longest_loop", lambda *_: FOUND.loop)
+
+
+def test_a_proof_is_given_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_proof.main([]) == 0
+    assert f"1 of 1 shipped launches compiled for {', '.join(CHIPS)}; 0 faults" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_proof, "inspected", lambda *_: pytest.fail("compiled again"))
+    assert gpu_proof.main([]) == 0
+    assert "(nothing changed since)" in capsys.readouterr().out
+    # Other sources, or other things to run, are another proof.
+    assert gpu_proof.digest({"tests": []}) != gpu_proof.digest({"tests": ["tests/gpu/execution"]})
+
+
+def test_planted_fault_fails_the_proof_each_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_proof, "inspected", lambda names, chips: inspected(names, chips, spilled=8))
+    for _ in range(2):
+        assert gpu_proof.main([]) == 1
+        out = capsys.readouterr().out
+        assert f"{NAME} for sm_120: spills: 8 bytes of local memory a thread" in out
+        assert f"{len(CHIPS)} faults" in out
+
+
+def test_budgets_are_written_for_every_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "budgets.json"
+    write = budgets.write
+    monkeypatch.setattr(kernel_budgets.budgets, "write", lambda lengths: write(lengths, path))
+    kernel_budgets.main([])
+    assert list(budgets.read(path).values()) == [{NAME: [FOUND.loop] * len(CHIPS)}]
+
+
+def test_a_report_is_written_for_each_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = Count(Counter(a=1), Counter(mm=2), 10**9)
+    monkeypatch.setattr(kernel_report, "ours", lambda: dict.fromkeys(kernel_report.SIZES, count))
+    monkeypatch.setattr(kernel_report.counting, "plain", lambda widths, size: count)
+    kernel_report.main(["--cards", "h100", "l4", "--output", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "kernels-h100.json",
+        "kernels-h100.md",
+        "kernels-l4.json",
+        "kernels-l4.md",
+    ]
+    assert f"| {NAME} " in (tmp_path / "kernels-h100.md").read_text("utf-8")

@@ -1,0 +1,80 @@
+"""Compiles every shipped configuration for every chip with the Triton that is installed, and holds it to the gates.
+
+`make gpu-proof` runs it with each version of Triton; with `--every-launch` each number of channels, half type and
+specialisation of a configuration is compiled as well (its main loop has no budget of its own). What passed is
+remembered by a digest of the sources, so that an unchanged tree is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from mtl_fast.kernels.triton.ahead import CHIPS
+from mtl_fast.kernels.triton.inspection import faults, inspected
+from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
+from tests.gpu import budgets
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED = ROOT / "build" / "gpu-proof"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if everything passes, else 1; each fault is a line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_proof", description=__doc__)
+    parser.add_argument("--tests", nargs="*", default=[], help="tests to run with this Triton as well")
+    parser.add_argument("--every-launch", action="store_true", help="all that compiles differently: an hour")
+    options = parser.parse_args(arguments)
+    installed = f"Triton {version('triton')}"
+    passed = PASSED / digest(vars(options))
+    if passed.exists():
+        print(f"gpu-proof: {installed}: {passed.read_text('utf-8').strip()} (nothing changed since)")
+        return 0
+    start = time.monotonic()
+    launches, stored = shipped(), budgets.read()
+    chosen = configurations(launches)
+    names = list(distinct(launches)) if options.every_launch else chosen
+    wrong = []
+    for name, found in inspected(names, CHIPS):
+        longest = budgets.longest_loop(stored, name, found.chip) if name in chosen else found.loop
+        for fault in faults(launches[name], found, longest):
+            wrong.append(f"{name} for {found.chip}: {fault}")
+            print(f"gpu-proof: {installed}: {wrong[-1]}", flush=True)
+    summary = (
+        f"{len(names)} of {len(launches)} shipped launches compiled for {', '.join(CHIPS)}; "
+        f"{len(wrong)} faults"
+    )
+    print(f"gpu-proof: {installed}: {summary} ({time.monotonic() - start:.0f} s)", flush=True)
+    if options.tests:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "proof", *options.tests]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            wrong.append("tests")
+    if wrong:
+        return 1
+    PASSED.mkdir(parents=True, exist_ok=True)
+    passed.write_text(summary + "\n", encoding="utf-8")
+    return 0
+
+
+def digest(options: dict[str, object]) -> str:
+    """Of all that the proof depends on: sources, versions, and what is run."""
+    found = hashlib.sha256(
+        repr((version("triton"), torch.__version__, sys.version, sorted(options.items()))).encode()
+    )
+    for folder, pattern in (("kernels", "**/*.py"), ("tests", "**/*"), ("tools", "*.py")):
+        for path in sorted((ROOT / folder).glob(pattern)):
+            if path.is_file() and path.suffix in (".py", ".json"):
+                content = path.read_bytes()
+                found.update(f"{path.relative_to(ROOT)} {len(content)} ".encode() + content)
+    return found.hexdigest()[:32]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
