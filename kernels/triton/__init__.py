@@ -17,9 +17,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
 
-@functools.cache
 def load() -> tuple[bool, str]:
     """Whether Triton is installed, and which version or what is missing; looked up once, imported by first use."""
+    return _load_once()
+
+
+# As with the native kernels, torch.compile takes the answer as it is.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _load_once() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed; it comes with CUDA builds of PyTorch"
     from importlib.metadata import version

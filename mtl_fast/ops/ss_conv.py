@@ -62,7 +62,7 @@ def ss_conv(
         fold: multiply the norm into the weight (equal to rounding) instead of applying it after (the bits
             of conv2d followed by batch_norm).
         backend: ``auto`` or a backend's name. ``native`` works on tiles of 2 to 6 pixels: an infinite or NaN
-            pixel spreads over its tile.
+            pixel spreads over its tile. ``triton`` takes frozen weights and norms only.
 
     Returns:
         [N, O, H', W'], halved by pooling; x's dtype.

@@ -142,27 +142,42 @@ def test_opcheck(form: str, granularity: str) -> None:
     torch.library.opcheck(*calls[0], test_utils="test_autograd_registration")
 
 
-def launched(form: str, granularity: str, wanted: tuple[str, ...]) -> list[str]:
-    """The kernels of a forward and a backward pass in which `wanted` of each layer, and x, take a gradient."""
-    x, layers = make(form, granularity, torch.float32, 0)
-    ran: list[str] = []
-
-    def run(launch: Launch) -> None:
-        ran.append(launch.name)
-
-    made = [
-        rebuilt(conv, {n: t.requires_grad_(n in wanted) for n, t in tensors(conv).items()}) for conv in layers
-    ]
-    with observed(run):
-        out = ss_block(x, made[1:], made[0], epilogue=FORMS[form], backend="triton").output
-        out.sum().backward()
-    return ran
-
-
 def test_a_block_takes_few_launches() -> None:
     """Forward: refresh and three convolutions, the shortcut in the last; no weight gradient, no sum of its own."""
-    ran = launched("common", "kernel", ("scale", "shift"))
-    forward = ran[: ran.index("unwind_kernel")]
-    assert len(forward) == 4, forward
-    # Three unwound layers and the shortcut's sums, each with its sums; four products with theirs; two input gradients.
-    assert len(ran) - len(forward) == 2 * 4 + 2 * 4 + 2, ran[len(forward) :]
+    x, layers = make("common", "kernel", torch.float32, 0)
+    names: list[str] = []
+
+    def note(launch: Launch) -> None:
+        names.append(launch.name)
+
+    made = [
+        rebuilt(conv, {n: t.requires_grad_(n in ("scale", "shift")) for n, t in tensors(conv).items()})
+        for conv in layers
+    ]
+    x.requires_grad_()
+    with observed(note):
+        out = ss_block(x, made[1:], made[0], epilogue=FORMS["common"], backend="triton").output
+        n_forward = len(names)
+        out.sum().backward()
+    assert n_forward == 4, names[:n_forward]
+    # Three unwound layers and the shortcut's sums, each with its totals; four products with theirs; three gradients of
+    # inputs, the shortcut's in the last.
+    assert len(names) - n_forward == 2 * 4 + 2 * 4 + 3, names[n_forward:]
+
+
+def test_a_compiled_block_is_the_eager_one() -> None:
+    torch.compiler.reset()
+    x, (shortcut, *convs) = make("common", "filter", torch.float32, 0)
+    x.requires_grad_()
+    scale = convs[0].scale.clone().requires_grad_()
+
+    def call(x: Tensor, scale: Tensor) -> Tensor:
+        given = [replace(convs[0], scale=scale), *convs[1:]]
+        return ss_block(x, given, shortcut, epilogue=FORMS["common"], backend="triton").output
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        y = function(x, scale)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, scale))])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)

@@ -135,6 +135,15 @@ def gradients(x: Tensor, conv: ConvOperands, backend: str = "triton", **options:
 
 
 @by_granularity
+def test_an_empty_batch_gives_empty_images_and_zero_gradients(granularity: str) -> None:
+    x, conv = case((2, 3, 4, 4, 5, 3), granularity)
+    y, *found = gradients(x[:0], conv)
+    assert y.shape == (0, 4, 2, 2)
+    for gradient in found:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@by_granularity
 def test_second_derivatives_go_through_pytorch(granularity: str) -> None:
     x, conv = case((2, 3, 4, 4, 5, 3), granularity, seed=6)
     found = []
