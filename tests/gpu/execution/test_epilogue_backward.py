@@ -13,18 +13,17 @@ from tests.gpu.execution.cases import EPS32, TYPES, by_chip, by_type, rounded
 from tests.gpu.ptx.launcher import emulated
 
 pytestmark = pytest.mark.proof
-FORMS = {
-    "common": Epilogue("after_residual", 0.1),
-    "common pooled": Epilogue("after_residual", 0.1, pool=True),
-    "tensorflow pooled": Epilogue("before_residual", 0.1, pool=True),
+# An epilogue, and images whose last windows and channels are masked or not.
+CASES = {
+    "common, even": (Epilogue("after_residual", 0.1), (2, 64, 6, 4)),
+    "common pooled, odd": (Epilogue("after_residual", 0.1, pool=True), (2, 5, 7, 5)),
+    "tensorflow pooled, prime": (Epilogue("before_residual", 0.1, pool=True), (3, 67, 3, 5)),
 }
-SIZES = {"odd": (2, 5, 7, 5), "prime": (3, 67, 3, 5), "even": (2, 64, 6, 4)}
 
 
 @by_chip
 @by_type
-@pytest.mark.parametrize("epilogue", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("epilogue", "size"), CASES.values(), ids=CASES)
 def test_gradients_and_sums(
     chip: str, kind: str, epilogue: Epilogue, size: tuple[int, int, int, int]
 ) -> None:

@@ -25,8 +25,7 @@ EPS = 1e-5
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
-@pytest.mark.parametrize("form", ["common pooled", "tensorflow"])
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize(("form", "masked"), [("common pooled", True), ("tensorflow", False)])
 def test_values_and_gradients(chip: str, dtype: torch.dtype, form: str, masked: bool) -> None:
     epilogue = Epilogue("after_residual", 0.1, pool=True) if "common" in form else Epilogue("before_residual")
     random = Random(1)

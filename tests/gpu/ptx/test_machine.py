@@ -46,7 +46,8 @@ def test_registers_start_as_nan() -> None:
 
 
 def test_a_fault_names_program_thread_and_instruction() -> None:
-    body = "ld.param.b64 %rd1, [f_param_0]; mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd2, %r1, 4, %rd1; ld.global.b32 %r2, [%rd2];"
+    body = "ld.param.b64 %rd1, [f_param_0]; mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd2, %r1, 4, %rd1;"
+    body += "ld.global.b32 %r2, [%rd2];"
     with pytest.raises(
         OutOfBounds, match=r"program \(2, 0, 0\), thread 0 reads 4 bytes at byte 8 of 0 .*: ld\.global"
     ):
