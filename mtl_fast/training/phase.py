@@ -176,8 +176,10 @@ class Phase(ABC):
                     seconds=self.seconds,
                     **self._model_facts(),
                 )
-                self._finish()
-        if ranks.any(stop.requested):
+        stopping = ranks.any(stop.requested)
+        if ranks.first:  # when nobody waits for it any more
+            self._finish()
+        if stopping:
             raise self.folder.interrupted(f"{self.name} after its last update, {self.total}")
         return self.folder.model
 
