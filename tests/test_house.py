@@ -46,7 +46,7 @@ FLOORS = {
 LONGEST_FILE = 400
 # Under `kernels`: what all kernels share, and parts of operations under names of their own.
 SHARED = {"ahead", "build", "inspection", "launch", "machine_code", "shipped"}
-PARTS = {"block_end", "encoder_layers", "epilogue_backward", "partial_sums", "scale_gradient"}
+PARTS = {"block_end", "encoder_layers", "epilogue", "epilogue_backward", "partial_sums", "scale_gradient"}
 
 
 def sources() -> dict[str, Path]:

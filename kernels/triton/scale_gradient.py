@@ -234,6 +234,28 @@ def scale_gradient(
     return out
 
 
+def contracted(
+    x: Tensor, grad: Tensor, taps: Tensor, *, padding: int, norm: ChannelNorm | None, dtype: torch.dtype
+) -> Tensor:
+    """As `scale_gradient`, from PyTorch's weight gradient: on the route `cudnn`, where its product is the faster one.
+
+    That gradient is in memory here, and rounded to x's dtype.
+    """
+    n_out, side, _, n_in = taps.shape
+    out = torch.empty(n_out, n_in, dtype=dtype, device=x.device)
+    partial = None
+    if grad.numel():
+        # Of the weight only its shape counts.
+        weight = taps.new_empty(taps.shape, dtype=x.dtype).permute(0, 3, 1, 2)
+        _, weight_grad, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
+        )
+        partial = torch.empty(side, side, n_out, n_in, device=x.device)
+        torch.mul(weight_grad.permute(2, 3, 0, 1), taps.permute(1, 2, 0, 3), out=partial)
+    products_sum_launch(partial, norm=norm, lost=None, out=out).run()
+    return out
+
+
 def filter_products(
     x: Tensor,
     grad: Tensor,

@@ -49,11 +49,14 @@ class Preprocess:
         H and W are `size`, or those of the images.
         """
         source, rows = gathered(store, rows)
-        mean, std = (filled(values, source.device) for values in (self.mean, self.std))
+        mean, std = filled((*self.mean, *self.std), source.device).split(3)
         size = None if self.size is None else (self.size, self.size)
         return images(source, rows, mean=mean, std=std, size=size, flip=mirrored, dtype=dtype)
 
 
 def filled(values: Sequence[float], device: torch.device) -> Tensor:
     """float32 [n] of plain numbers, written on the device: a captured step allows no copy from the host."""
-    return torch.cat([torch.full((1,), value, device=device) for value in values])
+    made = torch.zeros(len(values), dtype=torch.float32, device=device)
+    # One launch takes all numbers among its arguments.
+    torch._foreach_add_(list(made.unbind()), list(values))
+    return made

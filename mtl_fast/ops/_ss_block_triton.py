@@ -5,6 +5,8 @@
     h₁ = act(conv₁(x))    h₂ = act(conv₂(h₁))    y = pool(act(conv₃(h₂) + shortcut(x)))
     dL/dx = conv_transpose(G₁, W₁) + conv_transpose(R, W_shortcut)        one launch, R's product as more of the sum
 
+where the layers' route is our kernel; a layer that takes cuDNN runs as a product and one pass of its own.
+
 Other blocks (of another number of convolutions, without a shortcut, with batch statistics) run layer by layer.
 """
 
@@ -37,6 +39,7 @@ from ._ss_layers_triton import (
     unflat,
     unwound,
 )
+from ._ss_products_triton import block_end, forward, input_gradient
 
 NAMES = ("first_", "second_", "third_", "shortcut_")
 _LAYERS = ", ".join(LAYER.format(name) for name in NAMES)
@@ -88,7 +91,7 @@ def ss_block(
             convolve=_ss_conv_triton.ss_conv,
             **options,
         )
-    made = layers([*convs, shortcut], x.dtype)
+    made = layers([*convs, shortcut], x)
     given = [x, *(t for layer in made for t in (layer.scale, layer.shift))]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     arguments = [value for layer in made for value in layer]
@@ -103,29 +106,15 @@ def _split(arguments: Sequence[Any]) -> tuple[list[Layer], Sequence[Any]]:
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from ..kernels.triton import block_end
-    from ..kernels.triton.ss_conv import forward
-
     (first, second, third, shortcut), (*after, save) = _split(arguments)
     epilogue = unflat(*after)
     inner = replace(epilogue, pool=False)
     x = channels_last(x)
     hidden, kept = x, []
     for layer in (first, second):
-        hidden, codes = forward(
-            hidden, layer.weight, layer.folded, epilogue=inner, padding=layer.padding, save=save
-        )
+        hidden, codes = forward(hidden, layer, epilogue=inner, save=save)
         kept.append((hidden, codes))
-    output, codes, residual = block_end.forward(
-        hidden,
-        third.weight,
-        third.folded,
-        x,
-        shortcut.weight,
-        shortcut.folded,
-        epilogue=epilogue,
-        save=save,
-    )
+    output, codes, residual = block_end(hidden, third, x, shortcut, epilogue=epilogue, save=save)
     nothing, uncoded = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
     if not save:
         return output, nothing, nothing.clone(), uncoded, uncoded.clone(), uncoded.clone(), nothing.clone()
@@ -152,8 +141,6 @@ def _gradients(
     *arguments: Any,
 ) -> list[Tensor]:
     """dL/dx, and for each layer dL/dΦ_S1 and dL/dΦ_S2; empty where not needed."""
-    from ..kernels.triton.ss_conv import forward, input_gradient
-
     (first, second, third, shortcut), (*after, needs_x, needs_scale, needs_shortcut) = _split(arguments)
     epilogue = unflat(*after)
     inner = replace(epilogue, pool=False)
@@ -162,9 +149,7 @@ def _gradients(
     read = [needs_scale[i] and layer.by_filter for i, layer in ((2, third), (3, shortcut))]
     added: Tensor | None = residual if residual.numel() else None
     if any(read) and added is None:
-        added, _ = forward(
-            x, shortcut.weight, shortcut.folded, epilogue=Epilogue(), padding=shortcut.padding, save=False
-        )
+        added, _ = forward(x, shortcut, epilogue=Epilogue(), save=False)
     steps = (
         (third, second_output, output, third_codes, epilogue, added),
         (second, first_output, second_output, second_codes, inner, None),
@@ -187,7 +172,7 @@ def _gradients(
         if i == 0:
             skipped = residual_grad
         if i < 2:
-            images = input_gradient(images, layer.rotated, padding=layer.padding)
+            images = input_gradient(images, layer)
     of_shortcut: tuple[Tensor | None, Tensor | None] = (None, None)
     if needs_shortcut:
         *_, scale_grad, shift_grad = unwound(
@@ -203,13 +188,7 @@ def _gradients(
         of_shortcut = (scale_grad, shift_grad)
     x_grad: Tensor | None = None
     if needs_x:
-        x_grad = input_gradient(
-            images,
-            first.rotated,
-            padding=first.padding,
-            other_grad=skipped,
-            other_rotated=shortcut.rotated,
-        )
+        x_grad = input_gradient(images, first, shortcut_grad=skipped, shortcut=shortcut)
     found.append(of_shortcut)
     every: list[Tensor | None] = [x_grad]
     for layer, of_phi in zip((first, second, third, shortcut), found, strict=True):
@@ -263,7 +242,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     x, *rest = inputs
     parts, (*epilogue, _) = _split(rest)
     ctx.save_for_backward(x, *output, *(t for layer in parts for t in layer.tensors))
-    ctx.numbers = [(layer.eps, layer.padding) for layer in parts]
+    ctx.numbers = [layer.numbers for layer in parts]
     ctx.epilogue = epilogue
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

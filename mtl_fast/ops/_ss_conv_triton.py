@@ -31,6 +31,7 @@ from ._ss_layers_triton import (
     unflat,
     unwound,
 )
+from ._ss_products_triton import forward, input_gradient
 
 __all__ = ["runs", "ss_conv"]
 
@@ -50,7 +51,7 @@ def ss_conv(
 ) -> Tensor:
     """[N, I, H, W] → [N, O, H', W'], the norm (if any) folded; see `mtl_fast.ops.ss_conv`."""
     assert fold or conv.norm is None
-    (layer,) = layers([conv], x.dtype)
+    (layer,) = layers([conv], x)
     given = (x, layer.scale, layer.shift, residual)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     output, _ = torch.ops.mtl_fast.triton_ss_conv(x, *layer, residual, *flat(epilogue), save)
@@ -58,17 +59,13 @@ def ss_conv(
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    from ..kernels.triton import ss_conv as kernels
-
     layer = Layer(*arguments[:N_LAYER])
     residual, activation, slope, pool, save = arguments[N_LAYER:]
-    output, codes = kernels.forward(
+    output, codes = forward(
         channels_last(x),
-        layer.weight,
-        layer.folded,
+        layer,
         residual=None if residual is None else channels_last(residual),
         epilogue=unflat(activation, slope, pool),
-        padding=layer.padding,
         save=save,
     )
     return output, x.new_empty(0, dtype=torch.uint8) if codes is None else codes
@@ -77,8 +74,6 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _gradients(
     grad: Tensor, x: Tensor, output: Tensor, codes: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.triton.ss_conv import input_gradient
-
     layer = Layer(*arguments[:N_LAYER])
     residual, activation, slope, pool, needs_x, needs_scale, needs_residual = arguments[N_LAYER:]
     x = channels_last(x)
@@ -94,7 +89,7 @@ def _gradients(
     )
     nothing, scale_grad = x.new_empty(0), shaped(scale_grad, layer)
     return (
-        input_gradient(inner, layer.rotated, padding=layer.padding) if needs_x else nothing,
+        input_gradient(inner, layer) if needs_x else nothing,
         nothing if scale_grad is None else scale_grad,
         shift_grad,
         skipped if needs_residual else nothing,
@@ -146,7 +141,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     x, *rest = inputs
     layer, (residual, *epilogue, _) = Layer(*rest[:N_LAYER]), rest[N_LAYER:]
     ctx.save_for_backward(x, *output, residual, *layer.tensors)
-    ctx.eps, ctx.padding, ctx.epilogue = layer.eps, layer.padding, epilogue
+    ctx.numbers, ctx.epilogue = layer.numbers, epilogue
     ctx.mark_non_differentiable(output[1])
     # No zeros in the place of the codes' gradient, which nobody reads.
     ctx.set_materialize_grads(False)
@@ -154,7 +149,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, output, codes, residual, *tensors = ctx.saved_tensors
-    layer = Layer.with_tensors(tensors, ctx.eps, ctx.padding)
+    layer = Layer.with_tensors(tensors, *ctx.numbers)
     needs = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * len(needs)
     epilogue = unflat(*ctx.epilogue)

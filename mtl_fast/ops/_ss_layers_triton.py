@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, ConvOperands, Epilogue, FrozenFilters
 from ..kernels.reference.effective_weights import stored_scale
+from . import routes
 from ._effective_weights_triton import refresh
 from ._epilogue_codes import ACTIVATIONS
 from ._library import triton_runs
 from ._ss_conv_native import geometry, side_padding
+from .routes import LayerShape
 
 
 class Layer(NamedTuple):
@@ -35,6 +37,7 @@ class Layer(NamedTuple):
         var, gamma, eps: of the norm that is folded in; var is None where there is none.
         scale, shift: Φ_S1 and Φ_S2, or None.
         padding: on all sides.
+        cudnn: whether its products are cuDNN's: its route, the same on the way back.
     """
 
     weight: Tensor
@@ -47,6 +50,12 @@ class Layer(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     padding: int
+    cudnn: bool
+
+    @property
+    def numbers(self) -> tuple[float, int, bool]:
+        """What is no tensor, for `with_tensors`."""
+        return self.eps, self.padding, self.cudnn
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -54,11 +63,11 @@ class Layer(NamedTuple):
         return (*self[:6], self.scale, self.shift)
 
     @classmethod
-    def with_tensors(cls, tensors: Sequence[Tensor | None], eps: float, padding: int) -> Layer:
-        """The layer of these `tensors`."""
+    def with_tensors(cls, tensors: Sequence[Tensor | None], eps: float, padding: int, cudnn: bool) -> Layer:
+        """The layer of these `tensors` and `numbers`."""
         weight, rotated, folded, taps, var, gamma, scale, shift = tensors
         assert weight is not None and rotated is not None and folded is not None  # noqa: PT018
-        return cls(weight, rotated, folded, taps, var, gamma, eps, scale, shift, padding)
+        return cls(weight, rotated, folded, taps, var, gamma, eps, scale, shift, padding, cudnn)
 
     @property
     def norm(self) -> ChannelNorm | None:
@@ -79,7 +88,8 @@ class Layer(NamedTuple):
 
 LAYER = (
     "Tensor {0}weight, Tensor {0}rotated, Tensor {0}folded, Tensor? {0}taps, Tensor? {0}var, Tensor? {0}gamma, "
-    "float {0}eps, Tensor? {0}scale, Tensor? {0}shift, int {0}padding"
+    "float {0}eps, Tensor? {0}scale, Tensor? {0}shift, int {0}padding, "
+    "bool {0}cudnn"
 )
 N_LAYER = len(Layer._fields)
 
@@ -136,8 +146,12 @@ def unflat(activation: int, slope: float, pool: bool) -> Epilogue:
     return Epilogue(ACTIVATIONS[activation], slope, pool)  # type: ignore[arg-type]
 
 
-def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
-    """The layers as the operators take them, for images of `dtype`; their norms, where they have one, folded."""
+def layers(convs: Sequence[ConvOperands], x: Tensor) -> list[Layer]:
+    """The layers as the operators take them, for images of x's dtype and size; norms, where they have one, folded.
+
+    Each layer's route is asked for here, once: autograd runs the way back in a thread that sees nothing forced.
+    """
+    dtype = x.dtype
     kept = [_kept(conv, dtype) for conv in convs]
     missing = [conv for conv, own in zip(convs, kept, strict=True) if own is None]
     refreshed = iter(refresh(missing, dtype, fold=True) if missing else ())
@@ -158,9 +172,18 @@ def layers(convs: Sequence[ConvOperands], dtype: torch.dtype) -> list[Layer]:
                 scale=conv.scale,
                 shift=conv.shift,
                 padding=side_padding(conv.filters),
+                cudnn=_takes_cudnn(*LayerShape.of(x, conv.filters.weight), x.device),
             )
         )
     return made
+
+
+@torch.compiler.assume_constant_result
+def _takes_cudnn(
+    n_in: int, n_out: int, height: int, width: int, taps: int, dtype: str, device: torch.device
+) -> bool:
+    """Whether the route is cuDNN; what is compiled keeps the route that it was compiled with."""
+    return routes.route(LayerShape(n_in, n_out, height, width, taps, dtype), device) == "cudnn"
 
 
 def _kept(conv: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -238,7 +261,7 @@ def unwound(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of z, of the residual, of Φ_S1 ([O, I] or [O]; None unless needed) and of Φ_S2 [O]."""
     from ..kernels.triton.epilogue_backward import SavedOutput, unwind
-    from ..kernels.triton.scale_gradient import filter_products, scale_gradient
+    from ..kernels.triton.scale_gradient import contracted, filter_products, scale_gradient
 
     saved = None
     if needs_scale and layer.by_filter:
@@ -258,7 +281,8 @@ def unwound(
         assert layer.taps is not None
         operands: dict[str, Any] = {"padding": layer.padding, "norm": layer.norm}
         if back.scale is None or back.lost is None:
-            scale_grad = scale_gradient(x, back.inner, layer.taps, **operands, dtype=layer.dtype)
+            product = contracted if layer.cudnn else scale_gradient
+            scale_grad = product(x, back.inner, layer.taps, **operands, dtype=layer.dtype)
         else:
             filter_products(x, back.inner, layer.taps, **operands, lost=back.lost, scale_grad=back.scale)
     return back.inner, back.residual, scale_grad, back.shift
