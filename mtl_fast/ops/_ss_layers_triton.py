@@ -178,12 +178,15 @@ def layers(convs: Sequence[ConvOperands], x: Tensor) -> list[Layer]:
     return made
 
 
-@torch.compiler.assume_constant_result
 def _takes_cudnn(
     n_in: int, n_out: int, height: int, width: int, taps: int, dtype: str, device: torch.device
 ) -> bool:
     """Whether the route is cuDNN; what is compiled keeps the route that it was compiled with."""
     return routes.route(LayerShape(n_in, n_out, height, width, taps, dtype), device) == "cudnn"
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler with this package.
+_takes_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kept(conv: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
