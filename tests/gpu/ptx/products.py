@@ -43,7 +43,14 @@ class Products:
         return bool(self._under_way)
 
     def changed(self, instruction: Instruction) -> None:
-        """Notes the registers an instruction writes."""
+        """Notes the registers an instruction writes; a copy of one that was ready is ready.
+
+        LLVM puts such copies between fence and product, and the assembler has them share a register.
+        """
+        copied = instruction.operands[1] if instruction.opcode == "mov.b32" else ""
+        if copied.startswith("%r") and copied not in self._changed:
+            self._changed -= instruction.targets
+            return
         if not instruction.opcode.startswith("wgmma"):
             self._changed |= instruction.targets
 
