@@ -43,12 +43,13 @@ class Products:
         return bool(self._under_way)
 
     def changed(self, instruction: Instruction) -> None:
-        """Notes the registers an instruction writes; a copy of one that was ready is ready.
+        """Notes the registers an instruction writes; a constant, or a copy of what was ready, is ready.
 
-        LLVM puts such copies between fence and product, and the assembler has them share a register.
+        LLVM puts such moves between fence and product, and Triton relies on the assembler to place them.
         """
-        copied = instruction.operands[1] if instruction.opcode == "mov.b32" else ""
-        if copied.startswith("%r") and copied not in self._changed:
+        if instruction.opcode == "mov.b32" and not self._changed & (
+            instruction.registers - instruction.targets
+        ):
             self._changed -= instruction.targets
             return
         if not instruction.opcode.startswith("wgmma"):
