@@ -18,7 +18,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"mtl_fast {release}"
 # Fragments of other pages, and files that the README shows.
-exclude_patterns = ["results"]
+exclude_patterns = ["results", "ablation"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 # In docstrings `x` is code, as in Markdown.

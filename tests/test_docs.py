@@ -9,9 +9,10 @@ from pathlib import Path
 import mtl_fast
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-# `docs/results` holds what the README shows.
+# These hold what the README shows.
+SHOWN = {"results", "ablation"}
 PAGES = [
-    path for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".rst") and "results" not in path.parts
+    path for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".rst") and not SHOWN & {*path.parts}
 ]
 DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: (\S+)$", re.MULTILINE)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +24,15 @@ from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
 from tests.gpu import budgets
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSED = ROOT / "build" / "gpu-proof"
+# In the user's cache folder: a fresh checkout of the same sources is not compiled again either.
+PASSED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_fast" / "gpu-proof"
+# What the proof depends on, beside versions and options.
+SOURCES = (
+    ("kernels", "*.py"),
+    ("kernels/triton", "**/*.py"),
+    ("tests/gpu", "**/*"),
+    ("tools", "gpu_proof.py"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +77,7 @@ def digest(options: dict[str, object]) -> str:
     found = hashlib.sha256(
         repr((version("triton"), torch.__version__, sys.version, sorted(options.items()))).encode()
     )
-    for folder, pattern in (("kernels", "**/*.py"), ("tests", "**/*"), ("tools", "*.py")):
+    for folder, pattern in SOURCES:
         for path in sorted((ROOT / folder).glob(pattern)):
             if path.is_file() and path.suffix in (".py", ".json"):
                 content = path.read_bytes()

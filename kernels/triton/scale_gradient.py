@@ -187,17 +187,18 @@ IMAGE_COLUMNS = 32
 def product_config(n_out: int, n_in: int, dtype: torch.dtype) -> ProductConfig:
     """The configuration for a layer of so many channels.
 
-    Tiles are as wide as the channels fill them: 128 output channels on multiples of 128, else 64, where 160 fills
-    83 % of 192; 64 input channels, because two accumulators and W of 128×128 spill. A chunk makes up for its fold
-    with W, a multiply-add and 4 bytes of W a value of the tile.
+    Tiles are as wide as the channels fill them and registers hold two accumulators and W: 128×64 on multiples of 128
+    output channels; 64×64 where both are multiples of 64, in half types; else 64×32, which the assembler does not have
+    to spill on any chip. The wider ones take 32 pixels a step, for the same reason. A chunk makes up for its fold with
+    W, a multiply-add and 4 bytes of W a value of the tile.
     """
+    half = dtype != torch.float32
     block_o = 128 if n_out % 128 == 0 else _block(n_out)
-    block_k = 32 if dtype == torch.float32 else 64
-    # With three stages the assembler holds narrow tiles of half types to 128 registers on sm_80, and spills.
-    narrow = block_o < 128 and dtype != torch.float32
-    return ProductConfig(
-        block_o, _block(n_in), block_k, 512 // block_k, num_warps=8, num_stages=4 if narrow else 3
-    )
+    full = block_o == 128 or (half and n_out % 64 == 0 and n_in % 64 == 0)
+    block_i = _block(n_in) if full else min(32, _block(n_in))
+    block_k = 64 if half and block_i < 64 else 32
+    num_stages = 4 if half and block_i == 64 else 3
+    return ProductConfig(block_o, block_i, block_k, 512 // block_k, num_warps=8, num_stages=num_stages)
 
 
 def _block(n_channels: int) -> int:

@@ -5,6 +5,7 @@ Half types are read and written by the kernels themselves; inside everything is 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def can_run(
     if support is None or weight is None:
         return triton_runs()
     # Autocast changes nothing: a hundred steps in bfloat16 are not the same trajectory.
-    with torch.autocast(support.device.type, enabled=False):
+    device = support.device.type
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         can, reason = triton_runs(support, weight, *others)
     if not can:
         return can, reason

@@ -12,9 +12,10 @@ from ..errors import InputError
 from .ablation_plan import plan_text
 from .ablation_report import publish
 from .cells import Study, finished_cells, run_cells, worker_pool
+from .folder_lock import FolderLock
 from .models import device_of
 from .rows import ALL_ROWS, Row
-from .run import tell_of_missing_kernels
+from .run import make_folder, tell_of_missing_kernels
 from .scope import Scope, rates_of
 
 
@@ -57,8 +58,10 @@ def ablation(
 
     Raises:
         InputError: an unknown recipe or row, no shot or seed, fewer test tasks than `whole_network_tasks`, or
-            rates that cannot be read.
+            rates that cannot be read; a folder that cannot be made, or where another process is at work.
     """
+    if workers < 0:
+        raise InputError(f"--workers is {workers}; give a number of runs at a time, or 0 for one a core")
     scope = _scope(
         rows, shots, seeds, whole_network_shots, whole_network_seeds, test_tasks, whole_network_tasks, rates
     )
@@ -67,12 +70,15 @@ def ablation(
         n_workers = workers or os.cpu_count() or 1
         print(plan_text(study, scope, lambda wanted: finished_cells(study, wanted), n_workers))
         return
+    folder = Path(output)
+    for made in (folder, Path(publish_to)):  # before the work, not after it
+        make_folder(made)
     if finished:
         cells = scope.run(lambda wanted, _: finished_cells(study, wanted))
     else:
         if device_of(study.config).type == "cpu":
             tell_of_missing_kernels()  # here, for the workers are silent
-        with worker_pool(workers) as pool:
+        with FolderLock(folder), worker_pool(workers) as pool:
             cells = scope.run(lambda wanted, stage: run_cells(pool, study, wanted, stage))
     publish(Path(publish_to), study, scope, cells)
     print(f"published in {publish_to}")

@@ -296,7 +296,7 @@ class Page:
         width: float | None = None,
         align: str = "left",
     ) -> None:
-        """One line around height y; cut with an ellipsis where it is wider than `width`."""
+        """One line around height y; an ellipsis in its middle where it is wider than `width`: ends tell names apart."""
         whole = drawable(text)
         label = self.axes.text(
             x,
@@ -310,10 +310,10 @@ class Page:
             parse_math=False,
         )
         renderer = self._figure.canvas.get_renderer()
-        kept = whole
-        while width is not None and len(kept) > 1 and label.get_window_extent(renderer).width > width:
-            kept = kept[:-1].rstrip()
-            label.set_text(kept + "…")
+        kept = len(whole)
+        while width is not None and kept > 1 and label.get_window_extent(renderer).width > width:
+            kept -= 1
+            label.set_text(f"{whole[: kept - kept // 2].rstrip()}…{whole[len(whole) - kept // 2 :].lstrip()}")
 
     def lines(self, x: float, y: float, text: str, leading: float, *style: Any, **named: Any) -> None:
         """`text` around height y, its first word and the rest on two lines where there are several words."""

@@ -337,7 +337,8 @@ class MetaTraining(Phase):
 
     def _finish(self) -> None:
         folder = self.folder.path
-        draw_hard_classes(folder, folder / PICTURE, title="Classes that hard tasks were made of")
+        if not (folder / PICTURE).exists():
+            draw_hard_classes(folder, folder / PICTURE, title="Classes that hard tasks were made of")
 
     def _best_weights(self) -> dict[str, Tensor]:
         return weights_of(self.encoder, self.head)

@@ -126,6 +126,8 @@ class Phase(ABC):
 
     def _run(self) -> Path:
         if self.update >= self.total and self.folder.finished:
+            if self.ranks.first:
+                self._finish()  # it may have been killed between the model and what follows it
             return self.folder.model
         ranks, folder = self.ranks, self.folder.path
         label = self.command if folder.name == self.command else f"{self.command} {folder.name}"

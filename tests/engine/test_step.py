@@ -80,7 +80,9 @@ def test_effective_weights_are_computed_once_a_step(
     engine.images_per_chunk = 15
     refresh = engine.encoder.refresh
     monkeypatch.setattr(
-        engine.encoder, "refresh", lambda *, fold: (folds.append(fold), refresh(fold=fold))[1]
+        engine.encoder,
+        "refresh",
+        lambda *, fold, dtype: (folds.append(fold), refresh(fold=fold, dtype=dtype))[1],
     )
     engine.step(tasks(small_store, 3))
     assert folds == [norm == "frozen"]

@@ -161,24 +161,53 @@ def evaluate(folder: Path, model: str, resume: str = "") -> None:
     evaluate_model(model, evaluation=tasks, by_step=True, device="cpu", output=folder, resume=bool(resume))
 
 
+class _Inline:
+    """A pool of this process alone."""
+
+    map = staticmethod(map)
+
+
 def results(folder: Path, resume: str = "") -> None:
     """The table of all rows on the tiny splits, a rate each and in this process, without pictures."""
     from mtl_fast.training import experiment, results
     from tests.training import tiny
 
-    class Inline:
-        map = staticmethod(map)
-
     config = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
-    results._pool = lambda workers: nullcontext(Inline())  # type: ignore[assignment]
+    results.worker_pool = lambda workers: nullcontext(_Inline())  # type: ignore[assignment]
     results.preset = lambda name: config  # type: ignore[assignment]
     results.draw_curves = results.draw_episode = lambda *_: None  # type: ignore[assignment]
     results.report.rate_sensitivity_figure = lambda *_: None  # type: ignore[assignment]
     results.RATES = dict.fromkeys(results.ROWS, (1e-3,))
-    results.ALL_RATES = (1e-3,)
+    results.TRIED = (1e-3,)
     experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
     experiment.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
     results.results(folder, folder / "published", seeds=(0,), workers=1, device="cpu")
+
+
+def ablation(folder: Path, resume: str = "") -> None:
+    """Some rows of the ablation on the tiny splits, in this process, without its picture."""
+    from mtl_fast.training import ablation, ablation_report, experiment
+    from tests.training import tiny
+
+    recipes = {
+        "glyphs": tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6),
+        "glyphs-maml": tiny.MAML,
+    }
+    ablation.worker_pool = lambda workers: nullcontext(_Inline())  # type: ignore[assignment]
+    ablation.preset = recipes.__getitem__  # type: ignore[assignment]
+    ablation_report.convergence_figure = lambda *_, **__: None  # type: ignore[assignment]
+    experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
+    experiment.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
+    ablation.ablation(
+        folder,
+        folder / "published",
+        recipe="glyphs",
+        rows=("update-head", "ss-last", "ss", "ss-ht", "maml"),
+        shots=(1,),
+        seeds=(0,),
+        test_tasks=6,
+        whole_network_tasks=4,
+    )
 
 
 def cache(folder: Path, data: str, resume: str = "") -> None:
@@ -223,6 +252,7 @@ JOBS = {
     "demo": demo,
     "evaluate": evaluate,
     "results": results,
+    "ablation": ablation,
     "cache": cache,
     "embed": embed,
     "export": export,
@@ -256,6 +286,7 @@ def serve() -> None:
         "matplotlib.backends.backend_agg",
         "mtl_fast.training.export_weights",
         "mtl_fast.training.predict",
+        "mtl_fast.training.ablation",
         "mtl_fast.training.results",
         "tests.training.tiny",
     ):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,30 +34,50 @@ def same_run(a: Path, b: Path) -> None:
     tiny.assert_same_run(a, b)
 
 
-def same_files(a: Path, b: Path) -> None:
-    """The same names, nothing half written, and the same content, but for the commit, which may change meanwhile."""
+def same_files(a: Path, b: Path, *, told: tuple[str, ...] = ()) -> None:
+    """The same names, nothing half written, and the same content, but for the commit, which may change meanwhile.
+
+    Files that end in one of `told` tell times; what else they tell is in the others.
+    """
     names = [sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()) for root in (a, b)]
     assert names[0] == names[1]
     for name in names[0]:
-        same_file(a / name, b / name)
+        if not name.endswith(told):
+            same_file(a / name, b / name)
+
+
+def same_ablation(a: Path, b: Path) -> None:
+    """The same runs and numbers; tables tell how long each run took."""
+    same_files(a, b, told=(".md", ".csv", ".tex"))
 
 
 def same_file(a: Path, b: Path) -> None:
     if a.suffix == ".safetensors":
         (tensors, meta), (others, other_meta) = checkpoint.load(a), checkpoint.load(b)
         assert tiny.same_tensors(tensors, others), a
-        assert meta | {"provenance": None} == other_meta | {"provenance": None}, a
+        assert untimed(meta) == untimed(other_meta), a
     elif a.suffix == ".pt":
         tensors, others = (torch.load(path, weights_only=True) for path in (a, b))
         assert tiny.same_tensors(tensors, others), a
-    elif a.name == "results.json":
+    elif a.suffix == ".json":
         found, other = (json.loads(path.read_text(encoding="utf-8")) for path in (a, b))
-        assert found | {"provenance": None} == other | {"provenance": None}, a
+        assert untimed(found) == untimed(other), a
     elif a.suffix == ".md":  # the last lines tell the time that it took, and the commit
         texts = [path.read_text(encoding="utf-8").partition("\nMade ")[0] for path in (a, b)]
         assert texts[0] == texts[1], a
     else:
         assert a.read_bytes() == b.read_bytes(), a
+
+
+def untimed(found: Any) -> Any:
+    """What was read of a file, without the time that a run took and the commit that ran it."""
+    if isinstance(found, dict):
+        return {
+            name: untimed(value)
+            for name, value in found.items()
+            if name != "provenance" and "seconds" not in name and "minutes" not in name
+        }
+    return [untimed(value) for value in found] if isinstance(found, list) else found
 
 
 def same_store(a: Path, b: Path) -> None:
@@ -84,6 +105,7 @@ PHASES = {
         Case("evaluate", takes=("model",)),
         Case("demo"),
         Case("results"),
+        Case("ablation", same_ablation),
         Case("cache", same_store, ("data",)),
         Case("embed", takes=("model",)),
         Case("export", takes=("model",)),

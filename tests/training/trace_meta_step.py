@@ -28,6 +28,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 # Readbacks by whatever name, and what has the length of its result from the values.
+# PyTorch's and, where Triton is installed, ours.
+CONVOLUTIONS = (
+    "aten.convolution.default",
+    "mtl_fast.triton_ss_conv.default",
+    "mtl_fast.triton_ss_block.default",
+)
 DATA_DEPENDENT = ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
 
@@ -48,6 +54,7 @@ def traced(
     from torch import Tensor, nn
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._pytree import tree_leaves
 
     from mtl_fast.training.meta_update import LossScale, adam
     from tests.training import tiny
@@ -128,7 +135,11 @@ def traced(
             {str(t.dtype) for name, t in state.items() if name[:4] in ("enco", "head", "opti")}
         ),
         "convolutions": sorted(
-            {str(node.meta["val"].dtype) for node in calls if str(node.target) == "aten.convolution.default"}
+            {
+                str(next(t for t in tree_leaves(node.meta["val"]) if isinstance(t, Tensor)).dtype)
+                for node in calls
+                if str(node.target) in CONVOLUTIONS
+            }
         ),
     }
 

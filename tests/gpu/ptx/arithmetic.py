@@ -95,15 +95,15 @@ def _wide(match: re.Match[str], operands: tuple[str, ...], program: Program) -> 
     )
 
 
-@executes(r"mul\.hi\.([su])32")
+@executes(r"mul\.hi\.([su])(16|32)")
 def _high(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
-    kind, wide = f"{match[1]}32", np.dtype(TYPES[f"{match[1]}64"])
-    high = np.right_shift
-    return elementwise(
-        lambda a, b: high(a.astype(wide) * b.astype(wide), wide.type(32)).astype(TYPES[kind]),
-        kind,
-        [kind] * 2,
-    )(match, operands, program)
+    kind, bits = match[1] + match[2], int(match[2])
+    wide = np.dtype(TYPES[f"{match[1]}{2 * bits}"])
+
+    def function(a: Any, b: Any) -> Any:
+        return np.right_shift(a.astype(wide) * b.astype(wide), wide.type(bits)).astype(TYPES[kind])
+
+    return elementwise(function, kind, [kind] * 2)(match, operands, program)
 
 
 @executes(rf"(shl|shr)\.{_INTEGER}")

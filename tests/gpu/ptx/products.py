@@ -43,7 +43,15 @@ class Products:
         return bool(self._under_way)
 
     def changed(self, instruction: Instruction) -> None:
-        """Notes the registers an instruction writes."""
+        """Notes the registers an instruction writes; a constant, or a copy of what was ready, is ready.
+
+        LLVM puts such moves between fence and product, and Triton relies on the assembler to place them.
+        """
+        if instruction.opcode == "mov.b32" and not self._changed & (
+            instruction.registers - instruction.targets
+        ):
+            self._changed -= instruction.targets
+            return
         if not instruction.opcode.startswith("wgmma"):
             self._changed |= instruction.targets
 

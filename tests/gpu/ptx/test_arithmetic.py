@@ -90,11 +90,13 @@ def test_fields_of_bits(start: int, length: int) -> None:
 def test_bytes_and_tables() -> None:
     machine = execute(
         """prmt.b32 %r2, 0x33221100, 0x77665584, 0x4c71; lop3.b32 %r3, 12, 10, 6, 0xe8;
-           shf.l.wrap.b32 %r4, 0x80000001, 0x7, 4; mov.b64 %rd1, {%r2, %r3}; mov.b32 {%rs1, %rs2}, %r2;"""
+           shf.l.wrap.b32 %r4, 0x80000001, 0x7, 4; mul.hi.u16 %rs3, 30000, 21846;
+           mov.b64 %rd1, {%r2, %r3}; mov.b32 {%rs1, %rs2}, %r2;"""
     )
     assert values(machine, "%r2", "u4")[0] == 0x84FF7711
     assert values(machine, "%r3", "u4")[0] == (12 & 10 | 12 & 6 | 10 & 6)
     assert values(machine, "%r4", "u4")[0] == 0x78
+    assert values(machine, "%rs3", "u2")[0] == 30000 * 21846 >> 16
     assert values(machine, "%rd1", "u8")[0] == (14 << 32) | 0x84FF7711
     assert [int(values(machine, f"%rs{i}", "u2")[0]) for i in (1, 2)] == [0x7711, 0x84FF]
 

@@ -112,7 +112,7 @@ GOOD = multiply(8, str(descriptor(0)), descriptor(B_AT))
     [
         (MEET.replace("fence.proxy.async.shared::cta;", "") + GOOD, MissingFence),
         (MEET.replace("bar.sync 0;", "") + GOOD, Race),
-        (MEET.replace("wgmma.fence.sync.aligned;", "mov.b32 %r8, 0;") + GOOD, MissingFence),
+        (MEET.replace("wgmma.fence.sync.aligned;", "add.s32 %r8, %r1, 0;") + GOOD, MissingFence),
         (MEET + GOOD + "wgmma.commit_group.sync.aligned; mov.b32 %r1, %r8;", EarlyAccess),
         (
             MEET
