@@ -1,4 +1,4 @@
-"""Files replaced in one step: who kills the process or the machine finds the old one or the new one, never a mixture."""
+"""Where the user's cache lies, and files replaced in one step: a kill leaves the old one or the new one, no mixture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def user_cache(name: str) -> Path:
+    """The package's folder of that name in the user's cache; not made."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_fast" / name
 
 
 def replace_file(path: Path, parts: Iterable[bytes | memoryview], *, shared: bool = False) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from mtl_fast.files import user_cache
 from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import faults, inspected
 from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
@@ -25,7 +25,7 @@ from tests.gpu import budgets
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the user's cache folder: a fresh checkout of the same sources is not compiled again either.
-PASSED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_fast" / "gpu-proof"
+PASSED = user_cache("gpu-proof")
 # What the proof depends on, beside versions and options.
 SOURCES = (
     ("kernels", "*.py"),

@@ -22,7 +22,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 def problem(widths: str, granularity: str, dtype: torch.dtype) -> list[ConvOperands]:
     torch.manual_seed(0)
     encoder = ResNet12(WIDTHS[widths], shortcut_scale_shift=True).to(memory_format=torch.channels_last)
-    encoder.enable_scale_shift(granularity)  # type: ignore[arg-type]
+    encoder.enable_scale_shift(granularity)  # type: ignore[arg-type]  # a word of the parametrisation
     with torch.no_grad():
         for parameter in encoder.scale_shift_parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.1)

@@ -24,7 +24,7 @@ def load() -> tuple[bool, str]:
 
 # torch.compile takes the answer as it is instead of tracing how it was found. (The public name for this,
 # torch.compiler.assume_constant_result, sets the same attribute but imports the whole compiler.)
-load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no attribute that stubs know
 
 
 @functools.cache

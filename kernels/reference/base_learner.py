@@ -43,7 +43,7 @@ def fit_heads(
     here. Differentiable to any order in `support`, `weight` and `bias` (``order="second"``).
     """
     dtype = _compute_dtype(support, weight, bias)
-    with _full_precision(support.device):
+    with full_precision(support.device):
         adapted = _fit(
             support.to(dtype),
             support_labels,
@@ -73,7 +73,7 @@ def base_learner(
 ) -> Tensor:
     """Query logits [T, m, C] of the fitted heads; contract of `mtl_fast.ops.base_learner.base_learner`."""
     dtype = _compute_dtype(support, query, weight, bias)
-    with _full_precision(support.device):
+    with full_precision(support.device):
         adapted_weight, adapted_bias = _fit(
             support.to(dtype),
             support_labels,
@@ -104,7 +104,7 @@ def query_logits_by_step(
 ) -> Tensor:
     """Query logits [n_steps + 1, T, m, C] along the inner loop, from one dual fit, without a graph."""
     dtype = _compute_dtype(support, query, weight, bias)
-    with _full_precision(support.device):
+    with full_precision(support.device):
         x, targets, rates = _prepare(
             support.to(dtype), support_labels, support_mask, weight.shape[-2], inner_lr
         )
@@ -236,8 +236,9 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off: a hundred steps in bfloat16 are not the same trajectory."""
-    if torch.is_autocast_enabled(device.type):
+    # Some devices, such as meta, have no autocast.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -23,7 +23,7 @@ def load() -> tuple[bool, str]:
 
 
 # As with the native kernels, torch.compile takes the answer as it is.
-load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no attribute that stubs know
 
 
 @functools.cache

@@ -123,7 +123,7 @@ def padded(n_in: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of a product: TF32 for float32 where PyTorch's convolutions may take it."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # not in stubs
     return "tf32" if tf32 else "ieee"
 
 

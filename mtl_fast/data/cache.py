@@ -22,7 +22,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from mtl_fast.data.dataset import Content
-from mtl_fast.files import replace_file
+from mtl_fast.files import replace_file, user_cache
 
 ENVIRONMENT_VARIABLE = "MTL_FAST_CACHE_DIR"
 _VERSION = 1  # of the file's layout
@@ -32,9 +32,7 @@ _ABANDONED = 3600  # seconds after which a file half written belongs to a run th
 def cache_folder() -> Path:
     """``MTL_FAST_CACHE_DIR``, or ``mtl_fast/data`` in the user's cache folder."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_fast" / "data"
+    return Path(chosen) if chosen else user_cache("data")
 
 
 def cache_file(root: Path, split: str, asked: Mapping[str, object]) -> Path:

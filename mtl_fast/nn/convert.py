@@ -64,7 +64,7 @@ def convert(model: nn.Module, granularity: Granularity = "kernel", *, backend: s
                 conv.in_channels, conv.out_channels, _taps(conv), bias=bias, **_geometry(conv)
             )
         made.weight = copy.deepcopy(conv.weight, memo)  # type: ignore[assignment] # a parameter, says _why_not
-        made.bias = copy.deepcopy(conv.bias, memo)  # type: ignore[assignment]
+        made.bias = copy.deepcopy(conv.bias, memo)  # type: ignore[assignment]  # a parameter too
         made.backend = backend
         made.enable_scale_shift(granularity)
         return made

@@ -228,6 +228,6 @@ def _divided(
 def interleave(*passes: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Per layer, the statistics of some passes in task order: all of task 0, all of task 1, …"""
     return [
-        tuple(torch.stack(values, dim=1).flatten(0, 1) for values in zip(*layer, strict=True))  # type: ignore[misc]
+        tuple(torch.stack(values, dim=1).flatten(0, 1) for values in zip(*layer, strict=True))  # type: ignore[misc]  # always three
         for layer in zip(*passes, strict=True)
     ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.reference import base_learner as reference
 from . import _base_learner_operators as operators
 from ._library import LIBRARY, native_runs
 
@@ -39,9 +39,9 @@ def can_run(
         return native_runs()
     if support.device.type != "cpu":
         return False, f"support is on {support.device}"
-    # As in the reference, half types are computed in float32, and autocast changes nothing.
+    # As in the reference, half types are computed in float32.
     tensors = [t for t in (support, weight, *others) if t.dtype not in _HALF]
-    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+    with reference.full_precision(support.device):
         can, reason = native_runs(*tensors)
     if not can:
         return can, reason

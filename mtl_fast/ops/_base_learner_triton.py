@@ -5,12 +5,12 @@ Half types are read and written by the kernels themselves; inside everything is 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.reference import base_learner as reference
 from . import _base_learner_operators as operators
 from ._library import LIBRARY, triton_runs
 
@@ -30,10 +30,7 @@ def can_run(
     """Whether the Triton implementation takes a call, and why (`backend.Predicate`); arguments as native's."""
     if support is None or weight is None:
         return triton_runs()
-    # Autocast changes nothing: a hundred steps in bfloat16 are not the same trajectory.
-    device = support.device.type
-    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with reference.full_precision(support.device):
         can, reason = triton_runs(support, weight, *others)
     if not can:
         return can, reason

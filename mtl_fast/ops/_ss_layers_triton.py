@@ -66,7 +66,7 @@ class Layer(NamedTuple):
     def with_tensors(cls, tensors: Sequence[Tensor | None], eps: float, padding: int, cudnn: bool) -> Layer:
         """The layer of these `tensors` and `numbers`."""
         weight, rotated, folded, taps, var, gamma, scale, shift = tensors
-        assert weight is not None and rotated is not None and folded is not None  # noqa: PT018
+        assert weight is not None and rotated is not None and folded is not None  # noqa: PT018  # one statement narrows all
         return cls(weight, rotated, folded, taps, var, gamma, eps, scale, shift, padding, cudnn)
 
     @property
@@ -117,7 +117,7 @@ def runs(
     if x is not None and residual is not None and x.dtype != residual.dtype:
         return False, f"x is {x.dtype}, the residual {residual.dtype}"
     exact = x is not None and x.dtype == torch.float32 and x.device.type == "cuda"
-    if exact and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
+    if exact and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]  # stubs lack it
         return False, "float32 without TF32 (torch.backends.cudnn.conv.fp32_precision) has no tensor cores"
     return True, reason
 
@@ -143,7 +143,7 @@ def flat(epilogue: Epilogue) -> tuple[int, float, bool]:
 
 def unflat(activation: int, slope: float, pool: bool) -> Epilogue:
     """The other way."""
-    return Epilogue(ACTIVATIONS[activation], slope, pool)  # type: ignore[arg-type]
+    return Epilogue(ACTIVATIONS[activation], slope, pool)  # type: ignore[arg-type]  # one of its words
 
 
 def layers(convs: Sequence[ConvOperands], x: Tensor) -> list[Layer]:
@@ -186,7 +186,7 @@ def _takes_cudnn(
 
 
 # What `torch.compiler.assume_constant_result` does, which would import the compiler with this package.
-_takes_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_takes_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no attribute that stubs know
 
 
 def _kept(conv: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from ..files import replace_file, user_cache
 from ..kernels import triton as kernels
 
 Route = Literal["triton", "cudnn"]
@@ -115,10 +115,8 @@ def store(device: torch.device, seconds: Mapping[LayerShape, Mapping[Route, floa
     ]
     kept = [row for row in _rows(path) if _shape(row) not in seconds]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own until it is whole: a reader finds the old table or the new one.
-    partial = path.with_name(f".{uuid.uuid4().hex}.json")
-    partial.write_text(json.dumps(facts(device) | {"layers": kept + layers}, indent=1) + "\n", "utf-8")
-    os.replace(partial, path)
+    text = json.dumps(facts(device) | {"layers": kept + layers}, indent=1) + "\n"
+    replace_file(path, [text.encode()], shared=True)
     _read.cache_clear()
     return path
 
@@ -126,9 +124,7 @@ def store(device: torch.device, seconds: Mapping[LayerShape, Mapping[Route, floa
 def folder() -> Path:
     """Where tables lie: ``MTL_FAST_ROUTES_DIR``, or `mtl_fast/routes` in the user's cache folder."""
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_fast" / "routes"
+    return Path(chosen) if chosen else user_cache("routes")
 
 
 def facts(device: torch.device) -> dict[str, str]:

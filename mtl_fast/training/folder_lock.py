@@ -13,7 +13,7 @@ from ..errors import InputError
 try:
     import fcntl
 except ImportError:  # no POSIX: folders are not locked
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # no module
 
 # Seconds: a killed command's workers take a moment to end.
 PATIENCE, PAUSE = 3.0, 0.05
