@@ -110,6 +110,9 @@ class Ablation:
     """Publish what is finished, and make nothing."""
     workers: int = 1
     """Runs at a time, one thread each; 0: one a core."""
+    outcomes: Path | None = None
+    """File of finished runs, such as docs/ablation/outcomes.jsonl: those are not made again, new ones are added, so
+    machines can share the work."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, …"""
 

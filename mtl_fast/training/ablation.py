@@ -37,6 +37,7 @@ def ablation(
     finished: bool = False,
     workers: int = 1,
     device: str = "auto",
+    outcomes: str | Path | None = None,
 ) -> None:
     """Makes (or reads, where finished) every run and publishes table, claims and figure; see `ablation_report`.
 
@@ -55,23 +56,29 @@ def ablation(
         finished: publish what is finished and make nothing.
         workers: runs at a time, one thread each; 0: a core each.
         device: as in `Config`.
+        outcomes: JSON lines of finished runs, which are not made again; new ones are added. None: `output` alone.
 
     Raises:
-        InputError: an unknown recipe or row, no shot or seed, fewer test tasks than `whole_network_tasks`, or
-            rates that cannot be read; a folder that cannot be made, or where another process is at work.
+        InputError: a line of `outcomes` that cannot be read; an unknown recipe or row, no shot or seed, fewer test tasks
+            than `whole_network_tasks`, or rates that cannot be read; a folder that cannot be made, or where another
+            process is at work.
     """
     if workers < 0:
         raise InputError(f"--workers is {workers}; give a number of runs at a time, or 0 for one a core")
     scope = _scope(
         rows, shots, seeds, whole_network_shots, whole_network_seeds, test_tasks, whole_network_tasks, rates
     )
-    study = _study(recipe, data, Path(output), test_tasks, device)
+    study = replace(
+        _study(recipe, data, Path(output), test_tasks, device),
+        outcomes=None if outcomes is None else Path(outcomes),
+    )
     if plan:
         n_workers = workers or os.cpu_count() or 1
         print(plan_text(study, scope, lambda wanted: finished_cells(study, wanted), n_workers))
         return
     folder = Path(output)
-    for made in (folder, Path(publish_to)):  # before the work, not after it
+    written = [folder, Path(publish_to)] + ([study.outcomes.parent] if study.outcomes else [])
+    for made in written:  # before the work, not after it
         make_folder(made)
     if finished:
         cells = scope.run(lambda wanted, _: finished_cells(study, wanted))

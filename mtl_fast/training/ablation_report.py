@@ -138,8 +138,19 @@ def _markdown(
     parts.append(
         f"Made by `mtl-fast ablation` with mtl_fast {facts['mtl_fast']}, commit {facts['source_commit'][:12]}, torch "
         f"{facts['torch']},\n{facts['platform']}, {facts['cpu_capability']}, one thread a run."
+        + _machines(cells)
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _machines(cells: Mapping[tuple[str, int], Cell]) -> str:
+    """Where the runs of a file of outcomes were made, in words; nothing without such a file."""
+    made: dict[str, int] = {}
+    for outcome in (outcome for cell in cells.values() for outcome in cell.outcomes if outcome.made):
+        where = f"commit {outcome.made['source_commit'][:12]} on {outcome.made['cpu_capability']}"
+        made[where] = made.get(where, 0) + 1
+    told = "; ".join(f"{n} with {where}" for where, n in made.items())
+    return f" Runs in the file of outcomes: {told}." if made else ""
 
 
 def _about_rates(scope: Scope, cells: Mapping[tuple[str, int], Cell], n_shot: int) -> str:

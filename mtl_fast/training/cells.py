@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..config import GLYPHS_MAML, Config
 from .experiment import Experiment, Outcome
+from .outcomes import Outcomes
 from .rows import Row
 from .run import Interrupted
 from .statistics import Interval, mean_interval
@@ -31,6 +34,7 @@ class Study:
         config: settings of all rows; each seed takes its place in them.
         output: folder of the runs, one a seed.
         maml, maml_deep, n_drawn: as of `Experiment`.
+        outcomes: runs of other machines or days, which are not made again; the runs of this one join them.
     """
 
     config: Config
@@ -38,6 +42,7 @@ class Study:
     maml: Config = GLYPHS_MAML
     maml_deep: Config | None = None
     n_drawn: int | None = None
+    outcomes: Path | None = None
 
     def experiment(self, seed: int) -> Experiment:
         """One seed's runs."""
@@ -101,25 +106,54 @@ def best_cell(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
 
 def run_cells(pool: ProcessPoolExecutor, study: Study, wanted: Sequence[Wanted], what: str) -> list[Cell]:
     """Makes, or reads where finished, every run of the cells, in their order; `what` stands at the bar."""
-    jobs = [(want, seed) for want in wanted for seed in want.seeds]
+    shared = _Shared(study)
+    outcomes = {(want, seed): shared.find(want, seed) for want in wanted for seed in want.seeds}
+    jobs = [job for job, outcome in outcomes.items() if outcome is None]
     done = pool.map(_run, itertools.repeat(study), *zip(*jobs, strict=True)) if jobs else iter(())
-    outcomes = dict(zip(jobs, tqdm(done, desc=what, total=len(jobs), unit="run"), strict=True))
-    return [_cell(want, {seed: outcomes[want, seed] for seed in want.seeds}) for want in wanted]
+    for job, outcome in zip(jobs, tqdm(done, desc=what, total=len(jobs), unit="run"), strict=True):
+        outcomes[job] = shared.add(*job, outcome)
+    cells = []
+    for want in wanted:
+        found = {seed: outcomes[want, seed] for seed in want.seeds}
+        cells.append(_cell(want, {seed: outcome for seed, outcome in found.items() if outcome is not None}))
+    return cells
 
 
 def finished_cells(study: Study, wanted: Sequence[Wanted]) -> list[Cell]:
     """Of the cells what is finished; a cell without any finished seed is left out."""
-    experiments = {seed: study.experiment(seed) for want in wanted for seed in want.seeds}
+    shared = _Shared(study)
     cells = []
     for want in wanted:
-        found = {
-            seed: experiments[seed].finished(want.row, want.n_shot, lr=want.rate, n_tasks=want.n_tasks)
-            for seed in want.seeds
-        }
+        found = {seed: shared.find(want, seed) or shared.finished(want, seed) for seed in want.seeds}
         there = {seed: outcome for seed, outcome in found.items() if outcome is not None}
         if there:
             cells.append(_cell(want, there))
     return cells
+
+
+class _Shared:
+    """The file of outcomes of a study, if it has one, asked by cell and seed."""
+
+    def __init__(self, study: Study) -> None:
+        self._experiment = lru_cache(maxsize=None)(study.experiment)
+        self._outcomes = None if study.outcomes is None else Outcomes(study.outcomes)
+
+    def find(self, want: Wanted, seed: int) -> Outcome | None:
+        if self._outcomes is None:
+            return None
+        return self._outcomes.find(self._experiment(seed), want.row, want.n_shot, **_which(want))
+
+    def finished(self, want: Wanted, seed: int) -> Outcome | None:
+        return self._experiment(seed).finished(want.row, want.n_shot, **_which(want))
+
+    def add(self, want: Wanted, seed: int, outcome: Outcome) -> Outcome:
+        if self._outcomes is None:
+            return outcome
+        return self._outcomes.add(self._experiment(seed), want.row, want.n_shot, outcome, **_which(want))
+
+
+def _which(want: Wanted) -> dict[str, Any]:
+    return {"lr": want.rate, "n_tasks": want.n_tasks}
 
 
 def _cell(want: Wanted, outcomes: dict[int, Outcome]) -> Cell:
@@ -159,4 +193,4 @@ def _end_with_parent() -> None:
 
 
 def _run(study: Study, want: Wanted, seed: int) -> Outcome:
-    return study.experiment(seed).outcome(want.row, want.n_shot, lr=want.rate, n_tasks=want.n_tasks)
+    return study.experiment(seed).outcome(want.row, want.n_shot, **_which(want))

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Outcome:
         n_total: numbers of the network with its head; Φ, which goes into the weights, is not counted again.
         seconds: of meta-training ("update": of choosing the inner loop), NaN where a run did not say.
         test_seconds: of the test.
+        made: where, of a run that a file of outcomes tells of: parts of `provenance`.
     """
 
     task_accuracy: list[float]
@@ -64,6 +65,7 @@ class Outcome:
     n_total: int = 0
     seconds: float = math.nan
     test_seconds: float = math.nan
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=1)
@@ -238,10 +240,25 @@ class Experiment:
         if not (folder / "model.safetensors").exists():
             return None
         model = load_model(folder, device=self.device)
-        wanted = self.settings(row, n_shot, lr=lr) if row.meta_trained else self.with_shot(1)
+        wanted = self._training_settings(row, n_shot, lr)
         if replace(model.config, device=wanted.device) != wanted:
             return None
         return self._finished_test(model, row, n_shot, lr, n_tasks)
+
+    def facts(
+        self, row: Row, n_shot: int, *, lr: float | None = None, n_tasks: int | None = None
+    ) -> dict[str, Any]:
+        """What decides `outcome` beside the machine it is made on, for JSON."""
+        return {
+            "config": dataclasses.asdict(self._training_settings(row, n_shot, lr)),
+            "data": {split: facts_of(store) for split, store in self.stores.items()},
+            "inner searched": _searched(row),
+            "drawn tasks": self.n_drawn,
+            "first tasks": n_tasks or self.n_drawn,
+        }
+
+    def _training_settings(self, row: Row, n_shot: int, lr: float | None) -> Config:
+        return self.settings(row, n_shot, lr=lr) if row.meta_trained else self.with_shot(1)
 
     def _test_folder(self, row: Row, n_shot: int, lr: float | None) -> Path:
         return self.output / "test" / _name(row, n_shot, lr)
@@ -250,14 +267,11 @@ class Experiment:
         """All that a test's result depends on, for JSON; where it is computed is no part of that."""
         config = dataclasses.asdict(self._test_settings(model, n_shot))
         del config["device"]
-        searched: Any = None
-        if not row.meta_trained:
-            searched = [ALL_RATES, ALL_STEPS] if row.is_whole_network else INNER_GRID
         return {
             "weights": fingerprint(weights_of(model.encoder, model.head)),
             "data": facts_of(self.stores["test"]),
             "config": config,
-            "inner searched": searched,
+            "inner searched": _searched(row),
             "first tasks": n_tasks or self.n_drawn,
         }
 
@@ -295,6 +309,13 @@ def _with_defaults(facts: dict[str, Any]) -> dict[str, Any]:
     config = dataclasses.asdict(Config.from_dict(facts["config"]))
     del config["device"]
     return facts | {"config": config}
+
+
+def _searched(row: Row) -> Any:
+    """Where a row that is not meta-trained looks for its inner loop."""
+    if row.meta_trained:
+        return None
+    return [ALL_RATES, ALL_STEPS] if row.is_whole_network else INNER_GRID
 
 
 def _name(row: Row, n_shot: int, lr: float | None) -> str:

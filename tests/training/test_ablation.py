@@ -160,3 +160,43 @@ def test_wrong_input_is_one_line(tmp_path: Path, options: dict[str, Any], line: 
     with pytest.raises(InputError, match=line):
         run(tmp_path, **options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_a_file_of_outcomes_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared" / "outcomes.jsonl"
+    rows = ("update-head", "ft-last", "ft-last-ht", "maml")
+    first = run(tmp_path / "one", rows=rows, shots=(1,), seeds=(0,), outcomes=shared)
+    n_runs = len(shared.read_text().splitlines())
+    assert n_runs == len(rows)
+    # Another machine, which has only the file: it trains what is new.
+    trained: list[str] = []
+    train = MetaTraining.run
+    monkeypatch.setattr(
+        MetaTraining, "run", lambda self: trained.append(self.folder.path.name) or train(self)
+    )
+    again = run(tmp_path / "two", rows=rows, shots=(1,), seeds=(0, 1), outcomes=shared)
+    assert sorted(trained) == ["ft-last-1shot", "ft-last-ht-1shot"]
+    assert len(shared.read_text().splitlines()) == n_runs + 3
+    assert [row["seed_means"][0] for row in again["rows"]] == [row["seed_means"][0] for row in first["rows"]]
+    assert "7 with commit" in (tmp_path / "two" / "docs" / "ablation.md").read_text()
+    # Only read, and to the bit what was written.
+    monkeypatch.setattr(Phase, "run", never)
+    third = run(tmp_path / "three", rows=rows, shots=(1,), seeds=(0, 1), outcomes=shared, finished=True)
+    assert third["rows"] == again["rows"]
+
+
+def test_a_run_of_other_settings_is_not_taken_from_the_file(tmp_path: Path) -> None:
+    shared = tmp_path / "outcomes.jsonl"
+    run(tmp_path / "one", rows=("update-head",), shots=(1,), seeds=(0,), outcomes=shared)
+    run(tmp_path / "two", rows=("update-head",), shots=(1,), seeds=(0,), test_tasks=7, outcomes=shared)
+    assert len(shared.read_text().splitlines()) == 2
+
+
+def test_a_damaged_file_of_outcomes_is_one_line(tmp_path: Path) -> None:
+    shared = tmp_path / "outcomes.jsonl"
+    run(tmp_path / "one", rows=("update-head",), shots=(1,), seeds=(0,), outcomes=shared)
+    shared.write_text(shared.read_text()[:-40] + "\n")
+    with pytest.raises(InputError, match=r"outcomes.jsonl, line 1: not the outcome of a run"):
+        run(tmp_path / "two", rows=("update-head",), shots=(1,), seeds=(0,), outcomes=shared)
