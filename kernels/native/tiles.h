@@ -22,7 +22,7 @@ inline int64_t packed_offset(int64_t n, int64_t k, int64_t K, int64_t n_taps) {
   return (n / kPackedColumns * K + k) * n_taps * kPackedColumns + n % kPackedColumns;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Geometry {
   int64_t n, h, w, n_in, n_out, padding, taps;

@@ -53,20 +53,30 @@ struct GradientPoints {
   int64_t row_v, row_d, stride_v, stride_d, n_tiles;
 };
 
-// The products of rows `block` and panel `panel`, to `out` as in `finish_block`.
+// Rows whose products are made point after point: whole lines of the input's points are used at once, and the products
+// fit into the second cache.
+constexpr int64_t kGroupRows = ceil_div(64, kRows) * kRows;
+
+// The products of the rows of group `group` and panel `panel`, to `out` as in `finish_block`.
 template <class F>
-void gradient_block(const Geometry& g, const GradientPoints& p, int64_t block, int64_t panel, const float* taps,
+void gradient_block(const Geometry& g, const GradientPoints& p, int64_t group, int64_t panel, const float* taps,
                     int64_t columns, bool whole, bool first, float* out) {
-  const int64_t o = panel * kPanel, i0 = block * kRows;
-  const int n_rows = static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0));
-  float* du = scratch<BlockTag>(F::kPoints * kRows * kPanel);
+  constexpr int64_t kBlock = F::kPoints * kRows * kPanel;
+  const int64_t o = panel * kPanel, start = group * kGroupRows, end = std::min(start + kGroupRows, g.n_in);
+  float* du = scratch<BlockTag>(kGroupRows / kRows * kBlock);
+  const auto n_rows = [end](int64_t i0) { return static_cast<int>(std::min<int64_t>(kRows, end - i0)); };
   for (int64_t point = 0; point < F::kPoints; ++point) {
-    // [n_tiles, rows]ᵀ @ [n_tiles, kPanel] -> [rows, kPanel]
-    product<Left::kTransposed>({p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d,
-                                p.n_tiles, du + point * kRows * kPanel, kPanel},
-                               n_rows, g.n_out - o);
+    for (int64_t i0 = start; i0 < end; i0 += kRows) {
+      // [n_tiles, rows]ᵀ @ [n_tiles, kPanel] -> [rows, kPanel]
+      product<Left::kTransposed>({p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d,
+                                  p.n_tiles, du + (i0 - start) / kRows * kBlock + point * kRows * kPanel, kPanel},
+                                 n_rows(i0), g.n_out - o);
+    }
   }
-  finish_block<F>(du, n_rows, i0, o, g.n_in, g.n_out, taps, columns, whole, first, out);
+  for (int64_t i0 = start; i0 < end; i0 += kRows) {
+    finish_block<F>(du + (i0 - start) / kRows * kBlock, n_rows(i0), i0, o, g.n_in, g.n_out, taps, columns, whole, first,
+                    out);
+  }
 }
 
 // out as packed taps (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output
@@ -78,7 +88,7 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   if (grid.count == 0) return;
   const int64_t row_v = points_row(g.n_in), row_d = points_row(ceil_div(g.n_out, kPanel) * kPanel);
   const int64_t stride_v = plan.tiles * row_v, stride_d = plan.tiles * row_d;
-  const int64_t n_panels = ceil_div(g.n_out, kPanel), n_blocks = ceil_div(g.n_in, kRows);
+  const int64_t n_panels = ceil_div(g.n_out, kPanel), n_groups = ceil_div(g.n_in, kGroupRows);
   const auto points = [&](int64_t n_tiles) {
     return GradientPoints{scratch<InputPointsTag>(F::kPoints * stride_v),
                           scratch<GradientPointsTag>(F::kPoints * stride_d),
@@ -94,9 +104,9 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
     for (int64_t first = 0; first < grid.count; first += part) {
       const GradientPoints p = points(std::min(part, grid.count - first));
       at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) { transform(p, first, begin, end); });
-      at::parallel_for(0, n_panels * n_blocks, 1, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, n_panels * n_groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
-          gradient_block<F>(g, p, item % n_blocks, item / n_blocks, taps, columns, whole, first == 0, out);
+          gradient_block<F>(g, p, item % n_groups, item / n_groups, taps, columns, whole, first == 0, out);
         }
       });
     }
@@ -116,9 +126,9 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
         const int64_t first = part * plan.tiles;
         const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
         transform(p, first, 0, p.n_tiles);
-        for (int64_t panel = 0; panel < n_panels; ++panel)
-          for (int64_t block = 0; block < n_blocks; ++block)
-            gradient_block<F>(g, p, block, panel, taps, columns, whole, part == start, own);
+        for (int64_t group = 0; group < n_groups; ++group)
+          for (int64_t panel = 0; panel < n_panels; ++panel)
+            gradient_block<F>(g, p, group, panel, taps, columns, whole, part == start, own);
       }
     }
   });
