@@ -8,41 +8,32 @@ namespace mtl {
 struct FilterPointsTag {};
 struct ProductsTag {};
 
-// So many panels are multiplied point after point, before any is transformed back: a point of the tiles is read once for
-// all of them, and their products still fit into the second cache.
-constexpr int64_t kGroup = 64 / kPanel;
-
-// Products and epilogue of `n_tiles` tiles from `first` on, for `n_panels` panels of channels from `o` on, whose filters
-// lie `panel_size` apart.
+// Products and epilogue of `n_tiles` tiles from `first` on, for the panel of channels at `o`.
 template <class F>
-void finish_panels(const Geometry& g, const TileGrid& grid, const Epilogue& e, int64_t first, int64_t n_tiles,
-                   const float* v, int64_t row, int64_t stride, const float* u, int64_t panel_size, int64_t o,
-                   int64_t n_panels, float* out, uint8_t* codes) {
-  const int64_t m_panel = panel_stride(n_tiles), m_stride = n_panels * m_panel;
+void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, int64_t first, int64_t n_tiles,
+                  const float* v, int64_t row, int64_t stride, const float* u, int64_t o, float* out,
+                  uint8_t* codes) {
+  const int64_t m_stride = panel_stride(n_tiles);
   float* m = scratch<ProductsTag>(F::kPoints * m_stride);
   for (int64_t point = 0; point < F::kPoints; ++point) {
-    for (int64_t panel = 0; panel < n_panels; ++panel) {
-      const float* filter = u + panel * panel_size + (F::kFilterPoints == 1 ? 0 : point * panel_stride(g.n_in));
-      float* to = m + point * m_stride + panel * m_panel;
-      // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
-      for (int64_t t = 0; t < n_tiles; t += kRows) {
-        product<Left::kRows>({v + point * stride + t * row, row, filter, kPanel, g.n_in, to + t * kPanel, kPanel},
-                             static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), g.n_out - o - panel * kPanel);
-      }
+    const float* filter = u + (F::kFilterPoints == 1 ? 0 : point * panel_stride(g.n_in));
+    // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
+    for (int64_t t = 0; t < n_tiles; t += kRows) {
+      product<Left::kRows>(
+          {v + point * stride + t * row, row, filter, kPanel, g.n_in, m + point * m_stride + t * kPanel, kPanel},
+          static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), g.n_out - o);
     }
   }
-  const int64_t end = std::min(o + n_panels * kPanel, g.n_out);
   for (int64_t t = 0; t < n_tiles; ++t) {
     const auto at = grid.place(first + t);
-    for (int64_t channel = o; channel < end; channel += kLanes) {
-      const int64_t column = channel - o;
-      const float* from = m + column / kPanel * m_panel + t * kPanel + column % kPanel;
+    for (int half = 0; half < kPanel && o + half < g.n_out; half += kLanes) {
       Vec points[F::kPatch][F::kPatch], y[F::kTile][F::kTile];
       MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
-        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j) points[i][j] = load(from + (i * F::kPatch + j) * m_stride);
+        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
+          points[i][j] = load(m + (i * F::kPatch + j) * m_stride + t * kPanel + half);
       F::output(points, y);
-      finish_tile<F::kTile>(e, g, at, channel, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - channel)), y, out,
-                            codes);
+      finish_tile<F::kTile>(e, g, at, o + half, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o - half)),
+                            y, out, codes);
     }
   }
 }
@@ -63,11 +54,10 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
         transform_input<F>(g, grid, x, first + begin, first + end, v + begin * row, row, stride);
       });
       at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-        float* u = scratch<FilterPointsTag>(kGroup * panel_size);
-        for (int64_t panel = begin; panel < end; panel += kGroup) {
-          const int64_t n = std::min(kGroup, end - panel);
-          for (int64_t i = 0; i < n; ++i) transform_filters<F>(filters, (panel + i) * kPanel, u + i * panel_size);
-          finish_panels<F>(g, grid, e, first, n_tiles, v, row, stride, u, panel_size, panel * kPanel, n, out, codes);
+        float* u = scratch<FilterPointsTag>(panel_size);
+        for (int64_t panel = begin; panel < end; ++panel) {
+          transform_filters<F>(filters, panel * kPanel, u);
+          finish_panel<F>(g, grid, e, first, n_tiles, v, row, stride, u, panel * kPanel, out, codes);
         }
         end_streams();
       });
@@ -86,9 +76,9 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * plan.tiles, n_tiles = std::min(plan.tiles, grid.count - first);
       transform_input<F>(g, grid, x, first, first + n_tiles, v, row, stride);
-      for (int64_t panel = 0; panel < n_panels; panel += kGroup) {
-        finish_panels<F>(g, grid, e, first, n_tiles, v, row, stride, u + panel * panel_size, panel_size,
-                         panel * kPanel, std::min(kGroup, n_panels - panel), out, codes);
+      for (int64_t panel = 0; panel < n_panels; ++panel) {
+        finish_panel<F>(g, grid, e, first, n_tiles, v, row, stride, u + panel * panel_size, panel * kPanel, out,
+                        codes);
       }
     }
     end_streams();

@@ -53,9 +53,9 @@ struct GradientPoints {
   int64_t row_v, row_d, stride_v, stride_d, n_tiles;
 };
 
-// Rows whose products are made point after point: whole lines of the input's points are used at once, and the products
-// fit into the second cache.
-constexpr int64_t kGroupRows = ceil_div(64, kRows) * kRows;
+// Rows whose products are made point after point. Six rows use 24 bytes of each line of the input's points: in groups,
+// whole lines are used while they are near. Twelve use most of a line as they are.
+constexpr int64_t kGroupRows = kRows < 12 ? ceil_div(64, kRows) * kRows : kRows;
 
 // The products of the rows of group `group` and panel `panel`, to `out` as in `finish_block`.
 template <class F>
