@@ -99,6 +99,14 @@ def test_every_contender_is_timed_once_a_round_and_the_order_turns() -> None:
     assert turns == ["ours", "a", "b", "ours", "a", "b", "a", "b", "ours", "b", "ours", "a", "ours", "a", "b"]
 
 
+def test_warming_is_a_round_where_one_call_is_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(QUICK), "shortest_sample", 0.0)
+    calls: list[str] = []
+    times, _ = interleaved([returning(ONE, name, calls) for name in ("ours", "a")], replace(QUICK, rounds=3))
+    assert {name: len(seconds) for name, seconds in times.items()} == {"ours": 3, "a": 3}
+    assert sorted(calls) == ["a"] * 3 + ["ours"] * 3
+
+
 def family_line(*values: float, refused: str = "") -> Line:
     return Line("a row", values=values, best=2.0, refused=refused)
 
