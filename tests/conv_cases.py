@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,18 @@ class Random:
             scale = scale * torch.where(self.normal(*scale.shape) < -1, -1, 1).to(scale)
             shift = self.normal(n_out)
         return ConvOperands(filters, scale, shift, None if norm is None else self.norm(n_out, norm, eps))
+
+
+@contextmanager
+def convolutions_take(fp32_precision: Literal["tf32", "ieee"]) -> Iterator[None]:
+    """Within it, convolutions of float32 on a GPU are of this precision."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = fp32_precision
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 def tensors(conv: ConvOperands) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Activation, Epilogue
+from . import takes_tf32
 
 
 @triton.jit
@@ -123,8 +124,7 @@ def padded(n_in: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of a product: TF32 for float32 where PyTorch's convolutions may take it."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # not in stubs
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and takes_tf32() else "ieee"
 
 
 def images(
