@@ -150,6 +150,8 @@ def forward(
             written=n_bytes(output, codes),
             l2_read=programs * (c.block_m + c.block_n) * depth * x.element_size(),
             matrix=True,
+            # A row of a filter is four pixels of four channels.
+            padded=2 * programs * c.block_m * c.block_n * SIDE * 16,
         ),
     ).run()
     return output, codes

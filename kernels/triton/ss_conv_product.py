@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Epilogue
-from .launch import Launch, Work, n_bytes
+from .launch import Launch, Work, in_blocks, n_bytes
 from .ss_conv_epilogue import (
     activate,
     coded,
@@ -296,6 +296,8 @@ def product(
     block_other = chunk(n_other, x.element_size()) if n_other else 0
     programs = triton.cdiv(n_rows, c.block_m) * triton.cdiv(n_out, c.block_n + c.block_n2)
     depth = side * side * n_in + n_other
+    padded_depth = side * side * in_blocks(n_in, c.block_k)
+    padded_depth += in_blocks(n_other, block_other) if n_other else 0
     constants: dict[str, Any] = {
         "PADDING": padding,
         "SIDE": side,
@@ -344,6 +346,7 @@ def product(
             written=n_bytes(output, codes),
             l2_read=programs * (c.block_m + c.block_n + c.block_n2) * depth * x.element_size(),
             matrix=True,
+            padded=2 * programs * c.block_m * (c.block_n + c.block_n2) * padded_depth,
         ),
     ).run()
     return output, codes
