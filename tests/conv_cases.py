@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -94,6 +94,16 @@ def rebuilt(conv: ConvOperands, values: dict[str, Tensor]) -> ConvOperands:
         norm = replace(norm, weight=values.get("gamma"), bias=values.get("beta"))
     filters = replace(conv.filters, weight=values["weight"], bias=values.get("bias"))
     return replace(conv, filters=filters, scale=values.get("scale"), shift=values.get("shift"), norm=norm)
+
+
+def mapped(conv: ConvOperands, change: Callable[[Tensor], Tensor]) -> ConvOperands:
+    """`conv` with every tensor changed; nothing that was derived from them is kept."""
+    norm = conv.norm
+    if norm is not None:
+        norm = replace(norm, mean=change(norm.mean), var=change(norm.var))
+    filters = replace(conv.filters, derived={})
+    values = {name: change(t.detach()) for name, t in tensors(conv).items()}
+    return rebuilt(replace(conv, filters=filters, norm=norm), values)
 
 
 def with_gradients(conv: ConvOperands) -> ConvOperands:

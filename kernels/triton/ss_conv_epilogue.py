@@ -16,6 +16,15 @@ from . import takes_tf32
 
 
 @triton.jit
+def tile(N_OUT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """This program's tile: its place along the rows, its rows, its first column of COLUMNS; columns go round fastest."""
+    N_TILES: tl.constexpr = (N_OUT + COLUMNS - 1) // COLUMNS
+    pid_m = tl.program_id(0) // N_TILES
+    first_n = tl.program_id(0) % N_TILES * COLUMNS
+    return pid_m, pid_m * BLOCK_M + tl.arange(0, BLOCK_M), first_n
+
+
+@triton.jit
 def locate(
     o_m,
     n_rows,

@@ -32,6 +32,7 @@ from .ss_conv_epilogue import (
     placed,
     precision,
     shifted,
+    tile,
 )
 
 
@@ -159,11 +160,7 @@ def ss_conv_kernel(
     BLOCK_OTHER: tl.constexpr,
 ):
     """One tile of the product; a second accumulator of BLOCK_N2 columns shares the tile of images."""
-    COLUMNS: tl.constexpr = BLOCK_N + BLOCK_N2
-    N_TILES: tl.constexpr = (N_OUT + COLUMNS - 1) // COLUMNS
-    pid_m = tl.program_id(0) // N_TILES
-    first_n = tl.program_id(0) % N_TILES * COLUMNS
-    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_m, o_m, first_n = tile(N_OUT=N_OUT, COLUMNS=BLOCK_N + BLOCK_N2, BLOCK_M=BLOCK_M)
     o_n = first_n + tl.arange(0, BLOCK_N)
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     o_n2 = None
