@@ -35,7 +35,7 @@ CASES = {
 CHOSEN = {
     name: (operation, case, precision, route)
     for name, (operation, case, precision, route) in every_check(PRECISIONS).items()
-    if case in CASES[operation] and (precision == "bf16" or (precision, route) == ("tf32", "triton"))
+    if case in CASES[operation] and (precision == "bf16" or name == "ss_conv prime kernel tf32 triton")
 }
 
 
