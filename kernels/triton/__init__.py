@@ -30,8 +30,9 @@ def load() -> tuple[bool, str]:
     return _load_once()
 
 
-# As with the native kernels, torch.compile takes the answer as it is.
+# torch.compile takes both answers as they are: it cannot read the switch, and as with the native kernels need not look.
 load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no attribute that stubs know
+takes_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # nor this one
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtl_fast.kernels.contracts import ChannelNorm, ConvOperands, Epilogue, FrozenFilters
-from mtl_fast.kernels.triton import interpreted
+from mtl_fast.kernels.triton import interpreted, takes_tf32
 from mtl_fast.ops import routes, ss_block, ss_conv
 from mtl_fast.ops.backend import why
 from tests.conv_cases import Random, convolutions_take
@@ -82,6 +82,19 @@ def test_exact_float32_goes_to_torch() -> None:
         x, layer = torch.empty(2, 3, 7, 6, device="cuda"), conv(3, 5, 3)
         assert "not triton: float32 without TF32" in why("ss_conv", x=x, conv=layer)
         assert why("ss_conv", x=x.half(), conv=layer).startswith("triton: ")
+
+
+def test_a_compiled_program_asks_for_tf32_once() -> None:
+    """The compiler cannot read PyTorch's switch: what is compiled keeps what it was compiled with."""
+
+    def asking(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if takes_tf32() else x - 1
+
+    for precision, expected in (("tf32", 1.0), ("ieee", -1.0)):
+        torch.compiler.reset()
+        with convolutions_take(precision):
+            compiled = torch.compile(asking, fullgraph=True, backend="eager")
+            assert compiled(torch.zeros(1)).item() == expected
 
 
 def test_on_a_cpu_it_is_silent_unless_asked_for() -> None:
