@@ -70,7 +70,10 @@ def _sections(self_test: bool) -> Iterator[tuple[str, Iterator[Finding]]]:
     yield "Machine", _machine()
     yield "Folders", _folders()
     yield "CPU kernels", _kernels()
-    yield "Which backend runs each operation (float32 on the CPU)", _backends()
+    where = "on a GPU" if torch.cuda.is_available() else "float32 on the CPU"
+    yield f"Which backend runs each operation ({where})", _backends()
+    for card in _cards():
+        yield f"Convolutions of ResNet-12 on {card} (84×84, bfloat16): ours or cuDNN's", _routes(card)
     if self_test:
         yield "Self-test", _self_test()
 
@@ -124,6 +127,32 @@ def _machine() -> Iterator[Finding]:
             "could be better",
             "where there is a GPU, look at its driver: nvidia-smi",
         )
+
+
+def _cards() -> list[torch.device]:
+    """The GPUs that our kernels run on."""
+    from .kernels import triton
+
+    can, _ = triton.load()
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count() if can else 0)]
+
+
+def _routes(card: torch.device) -> Iterator[Finding]:
+    """The route of each layer and where it comes from: the table that `mtl-fast tune` made of this card, or a rule."""
+    from .ops import routes
+    from .tune import layers_of
+
+    path = routes.table_file(card)
+    if path.exists():
+        yield Finding("measured", str(path))
+    else:
+        yield Finding(
+            "measured", "nothing, with these versions on this card", "could be better", "mtl-fast tune"
+        )
+    for layer in layers_of((64, 128, 256, 512), (84,), ("bf16",)):
+        choice = routes.choose(layer, card)
+        name = f"{layer.n_in}→{layer.n_out}@{layer.height}, {layer.taps}×{layer.taps}"
+        yield Finding(name, f"{choice.route}: {choice.reason}")
 
 
 def _triton() -> Finding:

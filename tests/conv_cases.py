@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,18 @@ class Random:
         return ConvOperands(filters, scale, shift, None if norm is None else self.norm(n_out, norm, eps))
 
 
+@contextmanager
+def convolutions_take(fp32_precision: Literal["tf32", "ieee"]) -> Iterator[None]:
+    """Within it, convolutions of float32 on a GPU are of this precision."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = fp32_precision
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
 def tensors(conv: ConvOperands) -> dict[str, Tensor]:
     """The tensors that may take a gradient, by name."""
     found = {
@@ -81,6 +94,16 @@ def rebuilt(conv: ConvOperands, values: dict[str, Tensor]) -> ConvOperands:
         norm = replace(norm, weight=values.get("gamma"), bias=values.get("beta"))
     filters = replace(conv.filters, weight=values["weight"], bias=values.get("bias"))
     return replace(conv, filters=filters, scale=values.get("scale"), shift=values.get("shift"), norm=norm)
+
+
+def mapped(conv: ConvOperands, change: Callable[[Tensor], Tensor]) -> ConvOperands:
+    """`conv` with every tensor changed; nothing that was derived from them is kept."""
+    norm = conv.norm
+    if norm is not None:
+        norm = replace(norm, mean=change(norm.mean), var=change(norm.var))
+    filters = replace(conv.filters, derived={})
+    values = {name: change(t.detach()) for name, t in tensors(conv).items()}
+    return rebuilt(replace(conv, filters=filters, norm=norm), values)
 
 
 def with_gradients(conv: ConvOperands) -> ConvOperands:

@@ -22,7 +22,7 @@ from mtl_fast.kernels.reference.ss_conv import apply_epilogue
 from mtl_fast.kernels.reference.ss_conv import ss_conv as reference
 from mtl_fast.ops import ss_conv
 from mtl_fast.ops._library import native_runs
-from tests.conv_cases import rebuilt, tensors
+from tests.conv_cases import mapped, rebuilt, tensors
 
 TILES = (2, 4, 6)
 EPS = torch.finfo(torch.float32).eps
@@ -77,11 +77,7 @@ def _amplification(of: str, tile: int) -> float:
 
 def double(conv: ConvOperands) -> ConvOperands:
     """The same values in float64."""
-    norm = conv.norm
-    if norm is not None:
-        norm = replace(norm, mean=norm.mean.double(), var=norm.var.double())
-    values = {name: t.detach().double() for name, t in tensors(conv).items()}
-    return rebuilt(replace(conv, norm=norm), values)
+    return mapped(conv, Tensor.double)
 
 
 def squared(conv: ConvOperands) -> ConvOperands:

@@ -14,7 +14,7 @@ from mtl_fast.cli import main
 from mtl_fast.kernels import native, triton
 from mtl_fast.kernels.native import build
 from mtl_fast.kernels.reference import ss_conv as reference
-from mtl_fast.ops import backend
+from mtl_fast.ops import backend, routes
 from mtl_fast.ops.backend import ENVIRONMENT_VARIABLE, OPERATIONS
 from mtl_fast.training import models
 
@@ -159,6 +159,33 @@ def test_a_gpu_is_told_with_its_memory_and_what_its_kernels_need(monkeypatch: py
     *_, device, kernels = doctor._machine()
     assert (device.name, device.value) == ("cuda:0", "a GPU, 80 GiB, compute capability 9.0")
     assert (kernels.state, kernels.advice) == ("could be better", "pip install triton")
+
+
+def test_routes_of_a_gpu_are_told_with_where_they_come_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert doctor._cards() == [] or torch.cuda.is_available()
+    monkeypatch.setenv(routes.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    (card,) = doctor._cards()
+    unmeasured, *by_default = doctor._routes(card)
+    assert (unmeasured.state, unmeasured.advice) == ("could be better", "mtl-fast tune")
+    # Twelve: three layers of four blocks.
+    assert [found.value for found in by_default] == ["triton: by default: at most 160 channels"] * 6 + [
+        "cudnn: by default: more than 160 channels"
+    ] * 6
+    assert [found.name for found in by_default[:3]] == ["3→64@84, 3×3", "64→64@84, 3×3", "3→64@84, 1×1"]
+    path = routes.store(
+        card, {routes.LayerShape(64, 64, 84, 84, 3, "bfloat16"): {"triton": 2.0, "cudnn": 1.0}}
+    )
+    measured, *found = doctor._routes(card)
+    assert (measured.state, measured.value) == ("ok", str(path))
+    assert found[1].value == "cudnn: measured by mtl-fast tune"
+    assert found[2].value == by_default[2].value
+    monkeypatch.setattr(triton, "load", lambda: (False, "Triton is not installed"))
+    assert doctor._cards() == [], "without our kernels there is nothing to choose"
 
 
 def test_bits_that_do_not_repeat_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,27 @@ class Section:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the check, by name."""
+    """A part of the check, by name; `contents` names what it consists of, where that is more than one thing."""
 
     name: str
     run: Callable[[torch.device], Section]
+    contents: Callable[[], Iterable[str]] = tuple
+
+    def named(self) -> list[str]:
+        """A line for each of its contents."""
+        return [f"{self.name}: {content}" for content in self.contents()] or [self.name]
+
+
+def checked() -> Iterator[str]:
+    """What `correctness` consists of."""
+    from tests.gpu.checks import summary
+
+    yield "the interpreter's tests, with every launch on the device"
+    yield from summary()
 
 
 def correctness(_: torch.device) -> Section:
-    """The tests of the interpreter with launches on the device, and operations in every dtype."""
+    """The tests of the interpreter with launches on the device, and operations in every dtype by every route."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark"]
     section = Section("Correctness")
     for tests in (
@@ -144,7 +157,7 @@ def row(name: str, times: Any, flop: int = 0, n_bytes: int = 0, limit: float | N
 
 
 PARTS = (
-    Part("correctness on the device, all dtypes", correctness),
+    Part("correctness on the device", correctness, checked),
     Part("kernels: kernel, launcher, wall and graph-replay times", kernels),
     Part("operations against PyTorch", operations),
     Part("meta-training step", whole_step),
@@ -161,8 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         device = require_gpu(options.device)
     except InputError as error:
         print("gpu-check: a dry run, nothing was measured")
-        for part in PARTS:
-            print(f"skipped: {part.name}: {error}")
+        for name in (name for part in PARTS for name in part.named()):
+            print(f"skipped: {name}: {error}")
         return 0
     torch.backends.cudnn.benchmark = True
     sections = run_parts(PARTS, device)

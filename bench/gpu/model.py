@@ -1,6 +1,6 @@
 """A roofline model of a launch's time on a card. Nothing here was measured.
 
-    time = max(products, memory, L2, issue slots) × wave quantisation × padding
+    time = max(products × padding, memory, L2, issue slots × padding) × wave quantisation
 
 - products: operations of the algorithm at the rate of the card's tensor cores (or of its float32 units);
 - memory: compulsory bytes, each tensor element once;
@@ -9,7 +9,7 @@
   say how many passes the operations are. Other kernels' trip counts are not in their machine code: left out;
 - wave quantisation: programs on the fullest multiprocessor over those on the mean one: all are shared out evenly, the
   fullest ends last;
-- padding: operations of whole blocks over those of the algorithm.
+- padding: operations of whole blocks over those of the algorithm; what is masked is computed, not read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Modelled:
     """Seconds of each term, and the factors.
 
     Attributes:
-        products, memory, l2, issue: seconds; `issue` is 0 where it is not known.
+        products, memory, l2, issue: seconds, padding included; `issue` is 0 where it is not known.
         waves, padding: factors of at least 1.
     """
 
@@ -54,23 +54,23 @@ class Modelled:
 
     @property
     def seconds(self) -> float:
-        return max(self.terms.values()) * self.waves * self.padding
+        return max(self.terms.values()) * self.waves
 
 
 def modelled(launch: Launch, found: Inspection, card: Card) -> Modelled:
     """The time of a launch whose code for the card's chip was inspected."""
     work, programs = launch.work, prod(launch.grid)
-    issue = 0.0
+    flop, issue = max(work.flop, work.padded), 0.0
     if work.matrix and found.loop_flop:
-        passes = work.flop / found.loop_flop
+        passes = flop / found.loop_flop
         issue = passes * found.loop * found.num_warps / card.issue
     return Modelled(
-        products=work.flop / rate(launch, card),
+        products=flop / rate(launch, card),
         memory=(work.read + work.written) / (card.memory * REACHED_MEMORY),
         l2=((work.l2_read or work.read) + work.written) / card.l2,
         issue=issue,
         waves=ceil(programs / card.multiprocessors) * card.multiprocessors / max(programs, 1),
-        padding=max(1.0, (work.padded or work.flop) / work.flop) if work.flop else 1.0,
+        padding=flop / work.flop if work.flop else 1.0,
     )
 
 

@@ -66,7 +66,8 @@ def markdown(made: Sequence[Row], steps: Steps, card: Card) -> str:
     body = [[_cell(row, column) for column in COLUMNS.values()] for row in made]
     modelled_as = (
         f"Triton {version('triton')}. Registers, spills, shared memory, instructions: of the compiled code. "
-        "**Times are modelled, none was measured**: max(products, memory, L2, issue) × waves × padding, all in µs; "
+        "**Times are modelled, none was measured**: max(products, memory, L2, issue) × waves, padding "
+        "inside products and issue, all in µs; "
         f"`bench/gpu/model.py` says how. The card's figures are those of the {card.source}."
     )
     counted = (

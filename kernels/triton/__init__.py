@@ -11,10 +11,18 @@ import functools
 import importlib.util
 import os
 
+import torch
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: ``TRITON_INTERPRET=1`` before Triton's import."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+
+def takes_tf32() -> bool:
+    """Whether convolutions of float32 on a GPU take TF32: PyTorch's, and with them ours."""
+    # `cudnn.allow_tf32` raises where the switches of convolutions and recurrent layers differ; this one is its own.
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # not in stubs
 
 
 def load() -> tuple[bool, str]:
@@ -22,8 +30,9 @@ def load() -> tuple[bool, str]:
     return _load_once()
 
 
-# As with the native kernels, torch.compile takes the answer as it is.
+# torch.compile takes both answers as they are: it cannot read the switch, and as with the native kernels need not look.
 load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no attribute that stubs know
+takes_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]  # nor this one
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .base_learner_config import CASES, PRECISION, fit_config
-from .launch import Arguments, Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, in_blocks, n_bytes, observed
 
 
 @triton.jit
@@ -311,14 +311,16 @@ def _launch(
         "BLOCK_K": config.block_k,
         "PRECISION": PRECISION,
     }
-    # Gram matrix, first logits and head; the steps; the query's logits.
-    products = (
-        n_rows * n_features * (n_rows + 2 * n_way)
-        + n_steps * n_rows**2 * n_way
-        + n_query * n_features * n_way
-    )
+
+    def products(n_rows: int, n_way: int, n_features: int, n_query: int) -> int:
+        """Of the Gram matrix, the first logits and the head; of the steps; of the query's logits."""
+        head = n_rows * n_features * (n_rows + 2 * n_way)
+        return head + n_steps * n_rows**2 * n_way + n_query * n_features * n_way
+
+    n_blocks = in_blocks(n_features, config.block_d), in_blocks(n_query, config.block_m)
     work = Work(
-        flop=2 * n_tasks * products,
+        flop=2 * n_tasks * products(n_rows, n_way, n_features, n_query),
+        padded=2 * n_tasks * products(block_n, block_c, *n_blocks),
         read=n_bytes(support, labels, query, weight, bias, mask),
         written=n_bytes(logits, head_weight, head_bias, *(made[3:] if second_order else ())),
     )

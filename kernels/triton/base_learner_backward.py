@@ -24,7 +24,7 @@ from torch import Tensor
 from .base_learner import fit, valid_rows
 from .base_learner_config import CASES, PRECISION, FitConfig, fit_config, piece_config
 from .base_learner_loop_backward import loop_launch
-from .launch import Arguments, Launch, Work, n_bytes, observed
+from .launch import Arguments, Launch, Work, in_blocks, n_bytes, observed
 
 
 @triton.jit
@@ -247,13 +247,15 @@ def _head_launch(
         "BLOCK_D": pieces.block_d,
         "PRECISION": PRECISION,
     }
-    products = (1 + (d_query.numel() > 0)) * n_query * n_features * n_way
+    grid = n_tasks, triton.cdiv(n_features, pieces.block_d)
+    n_products = 1 + (d_query.numel() > 0)
+    padded = in_blocks(n_query, pieces.block_m) * grid[1] * pieces.block_d * block_c
     work = Work(
-        flop=2 * n_tasks * products,
+        flop=2 * n_tasks * n_products * n_query * n_features * n_way,
+        padded=2 * n_tasks * n_products * padded,
         read=n_bytes(d_logits, d_head_weight, d_head_bias, query, head_weight),
         written=n_bytes(d_query, d_weight, d_bias),
     )
-    grid = n_tasks, triton.cdiv(n_features, pieces.block_d)
     return Launch(head_backward_kernel, grid, arguments, constants, pieces.num_warps, pieces.num_stages, work)
 
 
@@ -292,13 +294,17 @@ def _operand_launch(
         "BLOCK_K": config.block_k,
         "PRECISION": PRECISION,
     }
-    products = n_rows * n_features * (n_way + (d_support.numel() > 0) * (n_rows + 2 * n_way))
+    grid = n_tasks, triton.cdiv(n_features, pieces.block_d)
+
+    def products(n_rows: int, n_way: int, n_features: int) -> int:
+        return n_rows * n_features * (n_way + (d_support.numel() > 0) * (n_rows + 2 * n_way))
+
     work = Work(
-        flop=2 * n_tasks * products,
+        flop=2 * n_tasks * products(n_rows, n_way, n_features),
+        padded=2 * n_tasks * products(config.block_n, config.block_c, grid[1] * pieces.block_d),
         read=n_bytes(support, mask, weight, d_head_weight, left),
         written=n_bytes(d_weight, d_support),
     )
-    grid = n_tasks, triton.cdiv(n_features, pieces.block_d)
     return Launch(
         operand_backward_kernel, grid, arguments, constants, pieces.num_warps, pieces.num_stages, work
     )

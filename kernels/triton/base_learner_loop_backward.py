@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base_learner import one_hot, own_product, valid_rows
 from .base_learner_config import PRECISION, FitConfig
-from .launch import Arguments, Launch, Work, n_bytes
+from .launch import Arguments, Launch, Work, in_blocks, n_bytes
 
 
 @triton.jit
@@ -147,8 +147,13 @@ def loop_launch(
         "BLOCK_K": config.block_k,
         "PRECISION": PRECISION,
     }
+
+    def products(n_rows: int, n_way: int, n_features: int) -> int:
+        return n_way * n_rows * (n_features + 2 * n_steps * n_rows)
+
     work = Work(
-        flop=2 * n_tasks * n_way * n_rows * (n_features + 2 * n_steps * n_rows),
+        flop=2 * n_tasks * products(n_rows, n_way, n_features),
+        padded=2 * n_tasks * products(config.block_n, config.block_c, in_blocks(n_features, config.block_d)),
         read=n_bytes(support, labels, mask, kernel, trajectory, *d_head),
         written=n_bytes(d_first_bias, left),
     )

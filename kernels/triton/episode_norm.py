@@ -51,6 +51,23 @@ def deviation(p_var, o_c, m_c, eps):
 
 
 @triton.jit
+def window(group, o_m, n_images, rows, columns, height, width, STEP: tl.constexpr):
+    """Of the windows `o_m` of a group: row, column, image among all, and the pixel of the upper left corner."""
+    column, row = o_m % columns, o_m // columns % rows
+    image = group * n_images + o_m // columns // rows
+    return row, column, image, (image * height + row * STEP) * width + column * STEP
+
+
+@triton.jit
+def store_statistics(p_mean, p_var, p_n_values, group, n_channels, o_c, m_c, n_values, b_center, b_sum):
+    """A whole group's mean, biased variance and number of values; b_sum is Σ(z − mean)²."""
+    tl.store(p_mean + group * n_channels + o_c, b_center, mask=m_c)
+    tl.store(p_var + group * n_channels + o_c, b_sum / n_values, mask=m_c)
+    if tl.program_id(1) == 0:
+        tl.store(p_n_values + group, n_values)
+
+
+@triton.jit
 def statistics_kernel(
     p_z,
     p_mask,
@@ -92,10 +109,7 @@ def statistics_kernel(
         b_squares += b_apart * tl.where(m_z, b_z - b_mean, 0.0)
     n_values, b_center, b_sum = merged(b_count, b_mean, b_squares)
     if IS_WHOLE:
-        tl.store(p_mean + group * n_channels + o_c, b_center, mask=m_c)
-        tl.store(p_var + group * n_channels + o_c, b_sum / n_values, mask=m_c)
-        if tl.program_id(1) == 0:
-            tl.store(p_n_values + group, n_values)
+        store_statistics(p_mean, p_var, p_n_values, group, n_channels, o_c, m_c, n_values, b_center, b_sum)
     else:
         o_part = group * tl.num_programs(0) + part
         tl.store(p_partial + 2 * o_part * n_channels + o_c, b_center, mask=m_c)
@@ -128,10 +142,7 @@ def merge_kernel(
     b_mean = tl.load(p_part, mask=m_part, other=0.0)
     b_squares = tl.load(p_part + n_channels, mask=m_part, other=0.0)
     n_values, b_center, b_sum = merged(b_count, b_mean, b_squares)
-    tl.store(p_mean + group * n_channels + o_c, b_center, mask=m_c)
-    tl.store(p_var + group * n_channels + o_c, b_sum / n_values, mask=m_c)
-    if tl.program_id(1) == 0:
-        tl.store(p_n_values + group, n_values)
+    store_statistics(p_mean, p_var, p_n_values, group, n_channels, o_c, m_c, n_values, b_center, b_sum)
 
 
 @triton.jit
@@ -175,8 +186,7 @@ def normalise_kernel(
     if p_bias is not None:
         b_beta = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
 
-    column, row, image = o_m % columns, o_m // columns % rows, o_m // columns // rows
-    corner = ((group * n_images + image) * height + row * STEP) * width + column * STEP
+    _, _, _, corner = window(group, o_m, n_images, rows, columns, height, width, STEP)
     b_best = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     b_code = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
     for place in tl.static_range(STEP * STEP):
@@ -323,10 +333,8 @@ def _statistics(z: Tensor, mask: Tensor | None, mean: Tensor, var: Tensor, n_val
     is_whole = config.n_parts == 1
     partial = counts = None
     if not is_whole:
-        partial, counts = (
-            mean.new_empty(n_groups, config.n_parts, 2, channels),
-            mean.new_empty(n_groups, config.n_parts),
-        )
+        partial = mean.new_empty(n_groups, config.n_parts, 2, channels)
+        counts = mean.new_empty(n_groups, config.n_parts)
     arguments: Arguments = {
         "p_z": z,
         "p_mask": mask,

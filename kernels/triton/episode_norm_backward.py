@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .episode_norm import counting, deviation, norm_cases, norm_config
+from .episode_norm import counting, deviation, norm_cases, norm_config, window
 from .launch import Arguments, Launch, Work, n_bytes, observed
 
 
@@ -59,8 +59,7 @@ def sums_kernel(
         m_d = m_m[:, None] & m_c[None, :]
         o_out = (group * n_windows + o_m)[:, None] * n_channels + o_c[None, :]
         b_d = tl.load(p_grad + o_out, mask=m_d, other=0.0).to(tl.float32)
-        column, row, image = o_m % columns, o_m // columns % rows, o_m // columns // rows
-        corner = ((group * n_images + image) * height + row * STEP) * width + column * STEP
+        _, _, _, corner = window(group, o_m, n_images, rows, columns, height, width, STEP)
         o_pixel = corner[:, None] * n_channels + o_c[None, :]
         if p_codes is not None:
             b_code = tl.load(p_codes + o_out, mask=m_d, other=0).to(tl.int32)
@@ -113,11 +112,9 @@ def images_backward_kernel(
     m_c = o_c < n_channels
     n_windows = n_images * rows * columns
     m_counts = counting(p_mask, group, o_m, n_windows, n_images, rows * columns, HAS_MASK)
-    column, row, image = o_m % columns, o_m // columns % rows, o_m // columns // rows
+    row, column, image, corner = window(group, o_m, n_images, rows, columns, height, width, STEP)
     m_in = (m_counts & (row < pooled_rows) & (column < pooled_columns))[:, None] & m_c[None, :]
-    image += group * n_images
     o_out = ((image * pooled_rows + row) * pooled_columns + column)[:, None] * n_channels + o_c[None, :]
-    corner = (image * height + row * STEP) * width + column * STEP
 
     b_grad = tl.load(p_grad + o_out, mask=m_in, other=0.0).to(tl.float32)
     b_d = b_grad

@@ -25,7 +25,7 @@ class Work:
         read, written: compulsory bytes, each tensor element once.
         l2_read: bytes that all programs together ask of L2; 0 counts as `read`.
         matrix: whether `flop` is tensor-core work.
-        padded: operations of whole blocks, padding and all; 0 counts as `flop`.
+        padded: operations of products of whole blocks, padding and all; 0 counts as `flop`.
     """
 
     flop: int = 0
@@ -39,6 +39,11 @@ class Work:
 def n_bytes(*tensors: Tensor | None) -> int:
     """Of all elements, each once."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def in_blocks(n: int, block: int) -> int:
+    """n, up to the end of its last block: what a product's padded sizes are made of."""
+    return -(-n // block) * block
 
 
 @dataclass(frozen=True)

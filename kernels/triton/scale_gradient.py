@@ -318,6 +318,8 @@ def _product_launch(
         if few
         else side**2 * tiles_o * tiles_i * (config.block_o + config.block_i)
     )
+    n_padded = shares * n_chunks * n_steps * config.block_k
+    n_padded *= tiles_o * tiles_i * config.block_o * config.block_i * (1 if few else side**2)
     launch = Launch(
         kernel=image_scale_gradient_kernel if few else scale_gradient_kernel,
         grid=(tiles_o * tiles_i, shares),
@@ -345,15 +347,18 @@ def _product_launch(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        work=_work(x, grad, taps, lost, partial, per_pixel),
+        work=_work(x, grad, taps, lost, partial, per_pixel, n_padded),
     )
     return launch, partial
 
 
 def _work(
-    x: Tensor, grad: Tensor, taps: Tensor, lost: Tensor | None, partial: Tensor, per_pixel: int
+    x: Tensor, grad: Tensor, taps: Tensor, lost: Tensor | None, partial: Tensor, per_pixel: int, n_padded: int
 ) -> Work:
-    """`per_pixel`: values that all tiles together read at a pixel. Where nothing is lost nothing is read."""
+    """`per_pixel`: values that all tiles together read at a pixel; `n_padded`: products of whole blocks.
+
+    Where nothing is lost nothing is read.
+    """
     if lost is not None:
         return Work(read=lost.nbytes, written=partial.nbytes, matrix=True)
     n_pixels = grad[:, 0].numel()
@@ -363,6 +368,7 @@ def _work(
         written=partial.nbytes,
         l2_read=n_pixels * per_pixel * grad.itemsize,
         matrix=True,
+        padded=2 * n_padded,
     )
 
 

@@ -12,6 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Activation, Epilogue
+from . import takes_tf32
+
+
+@triton.jit
+def tile(N_OUT: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """This program's tile: its place along the rows, its rows, its first column of COLUMNS; columns go round fastest."""
+    N_TILES: tl.constexpr = (N_OUT + COLUMNS - 1) // COLUMNS
+    pid_m = tl.program_id(0) // N_TILES
+    first_n = tl.program_id(0) % N_TILES * COLUMNS
+    return pid_m, pid_m * BLOCK_M + tl.arange(0, BLOCK_M), first_n
 
 
 @triton.jit
@@ -123,8 +133,7 @@ def padded(n_in: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of a product: TF32 for float32 where PyTorch's convolutions may take it."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # not in stubs
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and takes_tf32() else "ieee"
 
 
 def images(

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from ..contracts import Epilogue
 from .launch import Launch, Work, n_bytes
-from .ss_conv_epilogue import coded, dense, finish, images, locate, output_sizes, placed, precision, shifted
+from .ss_conv_epilogue import (
+    coded,
+    dense,
+    finish,
+    images,
+    locate,
+    output_sizes,
+    placed,
+    precision,
+    shifted,
+    tile,
+)
 
 SIDE = 3
 CHANNELS = 4  # of the weight
@@ -45,10 +56,8 @@ def ss_conv_first_layer_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One tile: BLOCK_M pixels of the output, BLOCK_N channels."""
-    N_TILES: tl.constexpr = (N_OUT + BLOCK_N - 1) // BLOCK_N
-    pid_m = tl.program_id(0) // N_TILES
-    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(0) % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid_m, o_m, first_n = tile(N_OUT=N_OUT, COLUMNS=BLOCK_N, BLOCK_M=BLOCK_M)
+    o_n = first_n + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, 16)
     o_s, o_c = o_k // 4, o_k % 4
     m_k = (o_s < 3) & (o_c < N_IN)
@@ -150,6 +159,8 @@ def forward(
             written=n_bytes(output, codes),
             l2_read=programs * (c.block_m + c.block_n) * depth * x.element_size(),
             matrix=True,
+            # A row of a filter is four pixels of four channels.
+            padded=2 * programs * c.block_m * c.block_n * SIDE * 16,
         ),
     ).run()
     return output, codes

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Epilogue
-from .launch import Launch, Work, n_bytes
+from .launch import Launch, Work, in_blocks, n_bytes
 from .ss_conv_epilogue import (
     activate,
     coded,
@@ -32,6 +32,7 @@ from .ss_conv_epilogue import (
     placed,
     precision,
     shifted,
+    tile,
 )
 
 
@@ -159,11 +160,7 @@ def ss_conv_kernel(
     BLOCK_OTHER: tl.constexpr,
 ):
     """One tile of the product; a second accumulator of BLOCK_N2 columns shares the tile of images."""
-    COLUMNS: tl.constexpr = BLOCK_N + BLOCK_N2
-    N_TILES: tl.constexpr = (N_OUT + COLUMNS - 1) // COLUMNS
-    pid_m = tl.program_id(0) // N_TILES
-    first_n = tl.program_id(0) % N_TILES * COLUMNS
-    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_m, o_m, first_n = tile(N_OUT=N_OUT, COLUMNS=BLOCK_N + BLOCK_N2, BLOCK_M=BLOCK_M)
     o_n = first_n + tl.arange(0, BLOCK_N)
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     o_n2 = None
@@ -296,6 +293,8 @@ def product(
     block_other = chunk(n_other, x.element_size()) if n_other else 0
     programs = triton.cdiv(n_rows, c.block_m) * triton.cdiv(n_out, c.block_n + c.block_n2)
     depth = side * side * n_in + n_other
+    padded_depth = side * side * in_blocks(n_in, c.block_k)
+    padded_depth += in_blocks(n_other, block_other) if n_other else 0
     constants: dict[str, Any] = {
         "PADDING": padding,
         "SIDE": side,
@@ -344,6 +343,7 @@ def product(
             written=n_bytes(output, codes),
             l2_read=programs * (c.block_m + c.block_n + c.block_n2) * depth * x.element_size(),
             matrix=True,
+            padded=2 * programs * c.block_m * (c.block_n + c.block_n2) * padded_depth,
         ),
     ).run()
     return output, codes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, ConvOperands, Epilogue, FrozenFilters
 from ..kernels.reference.effective_weights import stored_scale
+from ..kernels.triton import takes_tf32
 from . import routes
 from ._effective_weights_triton import refresh
 from ._epilogue_codes import ACTIVATIONS
@@ -117,9 +118,23 @@ def runs(
     if x is not None and residual is not None and x.dtype != residual.dtype:
         return False, f"x is {x.dtype}, the residual {residual.dtype}"
     exact = x is not None and x.dtype == torch.float32 and x.device.type == "cuda"
-    if exact and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]  # stubs lack it
+    if exact and not takes_tf32():
         return False, "float32 without TF32 (torch.backends.cudnn.conv.fp32_precision) has no tensor cores"
     return True, reason
+
+
+def explained(convs: Sequence[ConvOperands], x: Tensor | None) -> str:
+    """The route of each layer on a GPU and where it comes from, as `why` tells it; empty where `x` is left open."""
+    if x is None or x.device.type != "cuda":
+        return ""
+    layers_by_route: dict[routes.Choice, list[str]] = {}
+    for conv in convs:
+        shape = LayerShape.of(x, conv.filters.weight)
+        layers_by_route.setdefault(routes.choose(shape, x.device), []).append(str(shape))
+    return "; ".join(
+        f"route {choice.route} ({choice.reason}) of {' and of '.join(dict.fromkeys(shapes))}"
+        for choice, shapes in layers_by_route.items()
+    )
 
 
 def vectors(conv: ConvOperands) -> dict[str, Tensor | None]:

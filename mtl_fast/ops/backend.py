@@ -50,11 +50,23 @@ def _always(**_: Any) -> tuple[bool, str]:
 _REGISTRY: dict[str, dict[str, Predicate]] = {op: {"torch": _always} for op in OPERATIONS}
 
 
-def register(op: str, backend: str, predicate: Predicate) -> None:
-    """Adds `backend` for `op`, ahead of the slower ones registered before it."""
+# What `why` adds of a call that the backend of an operation runs; nothing that a call itself has to ask.
+_EXPLAINED: dict[tuple[str, str], Callable[..., str]] = {}
+
+
+def register(
+    op: str, backend: str, predicate: Predicate, explained: Callable[..., str] | None = None
+) -> None:
+    """Adds `backend` for `op`, ahead of the slower ones registered before it.
+
+    Args:
+        explained: ``facts -> text``, empty or what `why` adds where this backend runs.
+    """
     if op not in _REGISTRY:
         raise ValueError(f"unknown operation {op!r}; operations: {', '.join(OPERATIONS)}")
     _REGISTRY[op] = {backend: predicate, **_REGISTRY[op]}
+    if explained is not None:
+        _EXPLAINED[op, backend] = explained
 
 
 def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
@@ -99,7 +111,12 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
 def why(op: str, backend: str = "auto", **facts: Any) -> str:
     """The backend that `op` would take for these facts and the reason, in one line.
 
+    Of convolutions on a GPU, given `x` and their operands, it tells each layer's route too: our kernel or cuDNN's.
+
     >>> why("ss_conv")
     'torch: plain PyTorch runs everywhere'
     """
-    return str(choose(op, backend, **facts))
+    choice = choose(op, backend, **facts)
+    explained = _EXPLAINED.get((op, choice.backend))
+    more = explained(**facts) if explained else ""
+    return f"{choice}; {more}" if more else str(choice)

@@ -64,23 +64,36 @@ class LayerShape(NamedTuple):
 Table = dict[LayerShape, Route]
 
 
-def route(shape: LayerShape, device: torch.device) -> Route:
+class Choice(NamedTuple):
+    """A route, and where it comes from."""
+
+    route: Route
+    reason: str
+
+
+def choose(shape: LayerShape, device: torch.device) -> Choice:
     """The convolution of a layer on a device; on the CPU, where kernels are interpreted, always the kernel."""
     forced = _forced.get()
     if forced is not None:
-        return forced
+        return Choice(forced, "forced")
     if device.type != "cuda":
-        return "triton"
+        return Choice("triton", "interpreted")
     measured = table(device).get(shape)
-    return default(shape) if measured is None else measured
+    return default(shape) if measured is None else Choice(measured, "measured by mtl-fast tune")
 
 
-def default(shape: LayerShape) -> Route:
+def route(shape: LayerShape, device: torch.device) -> Route:
+    """That of `choose`, without its reason."""
+    return choose(shape, device).route
+
+
+def default(shape: LayerShape) -> Choice:
     """The rule, for a layer that was not measured."""
-    # Exact float32 has no tensor cores to feed; cuDNN is faster there.
-    if shape.dtype == "float32" and not torch.backends.cudnn.allow_tf32:
-        return "cudnn"
-    return "triton" if shape.n_out <= MOST_CHANNELS else "cudnn"
+    if shape.dtype == "float32" and not kernels.takes_tf32():
+        return Choice("cudnn", "by default: float32 without TF32 has no tensor cores to feed")
+    if shape.n_out <= MOST_CHANNELS:
+        return Choice("triton", f"by default: at most {MOST_CHANNELS} channels")
+    return Choice("cudnn", f"by default: more than {MOST_CHANNELS} channels")
 
 
 @contextmanager
@@ -129,14 +142,10 @@ def folder() -> Path:
 
 def facts(device: torch.device) -> dict[str, str]:
     """What a table holds for: the card, the versions that compute on it, and our kernels' sources."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
     return {
         "card": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": _triton_version(),
         "cudnn": str(torch.backends.cudnn.version()),
         "kernels": _sources(),
     }
@@ -148,6 +157,15 @@ def table_file(device: torch.device) -> Path:
     card = re.sub(r"\W+", "-", found["card"]).strip("-").lower()
     digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
     return folder() / f"{card}-{digest[:16]}.json"
+
+
+# Asked for with every layer: the package's files are read once.
+@functools.cache
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 @functools.cache

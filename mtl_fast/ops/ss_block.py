@@ -53,8 +53,17 @@ def _triton_runs(
     return _ss_layers_triton.runs(layers, x, epilogue or Epilogue(), None, fold)
 
 
+def _explained(
+    convs: Sequence[ConvOperands] = (),
+    shortcut: ConvOperands | None = None,
+    x: Tensor | None = None,
+    **_: Any,
+) -> str:
+    return _ss_layers_triton.explained([*convs] if shortcut is None else [*convs, shortcut], x)
+
+
 register("ss_block", "native", _native_runs)
-register("ss_block", "triton", _triton_runs)
+register("ss_block", "triton", _triton_runs, _explained)
 
 
 def ss_block(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue
 from ..kernels.reference import ss_conv as reference
-from . import _check, _ss_conv_native, _ss_conv_triton
+from . import _check, _ss_conv_native, _ss_conv_triton, _ss_layers_triton
 from .backend import choose, register
 
 _BACKENDS = {"native": _ss_conv_native, "triton": _ss_conv_triton}
@@ -27,8 +27,12 @@ def _runs(
     return _BACKENDS[backend].runs([conv] if conv else [], x, epilogue or Epilogue(), residual, fold)
 
 
-for _name in _BACKENDS:
-    register("ss_conv", _name, partial(_runs, _name))
+def _explained(conv: ConvOperands | None = None, x: Tensor | None = None, **_: Any) -> str:
+    return _ss_layers_triton.explained([conv] if conv else [], x)
+
+
+register("ss_conv", "native", partial(_runs, "native"))
+register("ss_conv", "triton", partial(_runs, "triton"), _explained)
 
 
 def ss_conv(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from bench.networks import SLIM
 from bench.peers.meta_step import InnerLoop
 from bench.step import Shape
 from mtl_fast.kernels.triton.launch import Launch
-from mtl_fast.ops import routes
+from mtl_fast.ops import backend, routes
+from tests.gpu.block_cases import decided
+from tests.gpu.checks import CHECKS, PRECISIONS, every_check
 from tools import gpu_check
 from tools.gpu_check import PARTS, Part, Section, main, row, run_parts, write
 
@@ -31,13 +35,63 @@ def test_a_dry_run_names_every_part_and_its_reason(
     assert first == "gpu-check: a dry run, nothing was measured"
     reason = ": an NVIDIA GPU is needed, and torch finds none ("
     assert [line.partition(reason)[0] for line in skipped] == [
-        "skipped: correctness on the device, all dtypes",
+        "skipped: correctness on the device: the interpreter's tests, with every launch on the device",
+        "skipped: correctness on the device: ss_conv in fp32, tf32, fp16, bf16, by triton and cudnn",
+        "skipped: correctness on the device: ss_block in fp32, tf32, fp16, bf16, by triton and cudnn",
+        "skipped: correctness on the device: effective_weights in fp32, tf32, fp16, bf16",
+        "skipped: correctness on the device: base_learner in fp32, tf32, fp16, bf16",
+        "skipped: correctness on the device: episode_norm in fp32, tf32, fp16, bf16",
+        "skipped: correctness on the device: images in fp32, tf32, fp16, bf16",
         "skipped: kernels: kernel, launcher, wall and graph-replay times",
         "skipped: operations against PyTorch",
         "skipped: meta-training step",
     ]
     assert all(reason in line for line in skipped)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_operation_that_triton_has_is_checked() -> None:
+    assert set(CHECKS) == {op for op, backends in backend._REGISTRY.items() if "triton" in backends}
+    names = every_check(PRECISIONS)
+    # By both routes where there are two, in every precision.
+    n_cases = sum(len(check.cases) * len(check.routes) for check in CHECKS.values())
+    assert len(names) == n_cases * len(PRECISIONS) == 128
+    assert names["ss_block common filter bf16 cudnn"] == ("ss_block", "common filter", "bf16", "cudnn")
+    assert names["images centre tf32"] == ("images", "centre", "tf32", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.timeout(320)
+def test_where_there_is_no_gpu_every_check_says_so() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:benchmark",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+    ]
+    done = subprocess.run(
+        [*command, "tests/gpu/device"], cwd=gpu_check.ROOT, stdout=subprocess.PIPE, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"SKIPPED [{len(every_check(PRECISIONS))}]" in done.stdout
+    assert "torch finds no NVIDIA GPU" in done.stdout
+    assert " passed" not in done.stdout
+
+
+@pytest.mark.parametrize("form", ["common", "tensorflow"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_operands_of_blocks_are_found_in_every_precision(form: str, precision: str) -> None:
+    """Far enough from all kinks for the precision; a GPU is not needed to look for them."""
+    settings = PRECISIONS[precision]
+    x, layers, exact = decided(form, "filter", settings.dtype, settings.rounds_as)
+    assert x.dtype == settings.dtype
+    assert (len(layers), len(exact)) == (4, 10)
 
 
 def test_after_a_failure_nothing_is_timed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import Inspection, faults, inspect, resident
 
 pytest.importorskip("triton")
+from mtl_fast.kernels.triton import ss_conv
 from tests.gpu import planted
 
 pytestmark = [
@@ -32,7 +34,13 @@ def test_a_good_kernel_passes_every_gate(chip: str) -> None:
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_planted_spilling_configuration(chip: str) -> None:
-    (fault,) = faults_of(chip, longest_loop=10_000, block_m=256, block_n=256, num_stages=2)
+    """A shipped convolution, and a tile of it that its warps have no registers for."""
+    launch = next(launch for _, launch in ss_conv.shipped() if launch.name == "ss_conv_kernel")
+    assert faults(launch, inspect(launch, chip), 10_000) == []
+    wide = replace(
+        launch, constants=launch.constants | {"BLOCK_M": 256, "BLOCK_N": 128}, num_warps=4, num_stages=2
+    )
+    (fault,) = faults(wide, inspect(wide, chip), 10_000)
     assert fault.startswith("spills: ")
 
 

@@ -23,6 +23,7 @@ from bench.gpu.model import modelled, rate
 from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import Inspection
 from mtl_fast.kernels.triton.launch import Work
+from mtl_fast.kernels.triton.shipped import shipped
 from tests.gpu import planted
 
 pytestmark = pytest.mark.proof
@@ -51,9 +52,29 @@ def test_terms_are_those_of_the_equation() -> None:
     assert time.seconds == pytest.approx(time.l2 * time.waves)
 
 
-def test_padding_and_waves_multiply() -> None:
-    padded = replace(LAUNCH, work=replace(LAUNCH.work, padded=3 * 2**29))
-    assert modelled(padded, FOUND, CARD).seconds == pytest.approx(1.5 * modelled(LAUNCH, FOUND, CARD).seconds)
+def test_padding_is_computed_and_not_read() -> None:
+    time, plain = (
+        modelled(replace(LAUNCH, work=replace(LAUNCH.work, padded=n)), FOUND, CARD) for n in (3 * 2**29, 0)
+    )
+    assert (time.padding, plain.padding) == (1.5, 1)
+    assert time.products == pytest.approx(1.5 * plain.products)
+    assert time.issue == pytest.approx(1.5 * plain.issue)
+    assert (time.memory, time.l2, time.seconds) == (plain.memory, plain.l2, plain.seconds)
+
+
+def test_products_tell_their_padding() -> None:
+    launches = {name: launch for name, launch in shipped().items() if launch.work.matrix and launch.work.flop}
+    assert {launch.name for launch in launches.values()} >= {
+        "ss_conv_kernel",
+        "ss_conv_first_layer_kernel",
+        "scale_gradient_kernel",
+        "image_scale_gradient_kernel",
+    }
+    padding = {name: launch.work.padded / launch.work.flop for name, launch in launches.items()}
+    assert min(padding.values()) >= 1
+    assert padding["ss_conv/forward/64-64@84 3x3 training bf16"] == 1, "whole blocks"
+    # Three pixels of three channels are computed as four of four.
+    assert padding["ss_conv/forward/3-64@84 3x3 training bf16"] == pytest.approx(16 / 9)
 
 
 def test_a_kernel_without_products_has_no_issue_term_and_the_rate_of_float32() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from mtl_fast.ops import routes
 from mtl_fast.ops.routes import LayerShape
+from tests.conv_cases import convolutions_take
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -33,12 +34,16 @@ def test_by_default_few_channels_take_the_kernel_and_many_take_cudnn() -> None:
     assert taken == ["triton"] * 3 + ["cudnn"] * 4
 
 
-def test_exact_float32_takes_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert routes.route(layer(dtype="float32"), CUDA) == "triton"
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert routes.route(layer(dtype="float32"), CUDA) == "cudnn"
-    assert routes.route(layer(dtype="float16"), CUDA) == "triton"
+def test_exact_float32_takes_cudnn() -> None:
+    with convolutions_take("tf32"):
+        assert routes.route(layer(dtype="float32"), CUDA) == "triton"
+    with convolutions_take("ieee"):
+        # That of recurrent layers is another switch: with the two apart, the old way of asking raises.
+        with pytest.raises(RuntimeError, match="allow_tf32"):
+            _ = torch.backends.cudnn.allow_tf32
+        taken = routes.choose(layer(dtype="float32"), CUDA)
+        assert taken == ("cudnn", "by default: float32 without TF32 has no tensor cores to feed")
+        assert routes.route(layer(dtype="float16"), CUDA) == "triton"
 
 
 def test_interpreted_kernels_are_taken_for_every_layer() -> None:
@@ -47,7 +52,7 @@ def test_interpreted_kernels_are_taken_for_every_layer() -> None:
 
 def test_a_route_can_be_forced() -> None:
     with routes.forced("cudnn"):
-        assert routes.route(layer(), CUDA) == "cudnn"
+        assert routes.choose(layer(), CUDA) == ("cudnn", "forced")
     assert routes.route(layer(), CUDA) == "triton"
 
 
@@ -60,7 +65,8 @@ def test_the_faster_one_is_stored_and_read(card: Path) -> None:
     assert list(card.iterdir()) == [path], "nothing half written is left"
     assert (routes.route(layer(64), CUDA), routes.route(layer(512), CUDA)) == ("cudnn", "triton")
     # What was not measured follows the rule.
-    assert routes.route(layer(128), CUDA) == "triton"
+    assert routes.choose(layer(64), CUDA).reason == "measured by mtl-fast tune"
+    assert routes.choose(layer(128), CUDA) == ("triton", "by default: at most 160 channels")
     assert json.loads(path.read_text())["layers"][0]["seconds"] == {"triton": 2.0, "cudnn": 1.0}
 
 

@@ -6,17 +6,16 @@ What it computes is tested where it can run: `tests/gpu`.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtl_fast.kernels.contracts import ChannelNorm, ConvOperands, Epilogue, FrozenFilters
-from mtl_fast.kernels.triton import interpreted
-from mtl_fast.ops import ss_block, ss_conv
+from mtl_fast.kernels.triton import interpreted, takes_tf32
+from mtl_fast.ops import routes, ss_block, ss_conv
 from mtl_fast.ops.backend import why
-from tests.conv_cases import Random
+from tests.conv_cases import Random, convolutions_take
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(interpreted(), reason="interpreted kernels take tensors of the CPU")
@@ -43,6 +42,23 @@ def test_tensors_of_a_gpu_take_it(dtype: torch.dtype) -> None:
         assert why("ss_block", **facts, n_groups=2, fold=False).startswith("triton: Triton ")
 
 
+def test_the_reason_names_the_route_of_each_layer_and_where_it_comes_from() -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 7, 6, device="cuda", dtype=torch.bfloat16)
+        convs, shortcut = [conv(n, 320, 3) for n in (3, 320, 320)], conv(3, 320, 1)
+        alone = why("ss_conv", x=x, conv=conv(3, 64, 3))
+        with routes.forced("triton"):
+            block = why("ss_block", x=x, convs=convs, shortcut=shortcut)
+        by_default = why("ss_block", x=x, convs=convs, shortcut=shortcut)
+        assert "route" not in why("ss_conv", conv=convs[0])
+        assert "route" not in why("episode_norm", z=x, norm=ChannelNorm(None, None))
+    rule = "by default: at most 160 channels"
+    assert alone.endswith(f"; route triton ({rule}) of 3→64@7×6, 3×3, bfloat16")
+    layers = "3→320@7×6, 3×3, bfloat16 and of 320→320@7×6, 3×3, bfloat16 and of 3→320@7×6, 1×1, bfloat16"
+    assert block.endswith(f"; route triton (forced) of {layers}")
+    assert by_default.endswith(f"; route cudnn (by default: more than 160 channels) of {layers}")
+
+
 def test_what_it_has_not_goes_to_torch() -> None:
     with FakeTensorMode():
         x, layer = torch.empty(2, 3, 7, 6, device="cuda"), conv(3, 5, 3)
@@ -61,12 +77,24 @@ def test_what_it_has_not_goes_to_torch() -> None:
             assert words in text
 
 
-def test_exact_float32_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
-    with FakeTensorMode():
+def test_exact_float32_goes_to_torch() -> None:
+    with convolutions_take("ieee"), FakeTensorMode():
         x, layer = torch.empty(2, 3, 7, 6, device="cuda"), conv(3, 5, 3)
         assert "not triton: float32 without TF32" in why("ss_conv", x=x, conv=layer)
         assert why("ss_conv", x=x.half(), conv=layer).startswith("triton: ")
+
+
+def test_a_compiled_program_asks_for_tf32_once() -> None:
+    """The compiler cannot read PyTorch's switch: what is compiled keeps what it was compiled with."""
+
+    def asking(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if takes_tf32() else x - 1
+
+    for precision, expected in (("tf32", 1.0), ("ieee", -1.0)):
+        torch.compiler.reset()
+        with convolutions_take(precision):
+            compiled = torch.compile(asking, fullgraph=True, backend="eager")
+            assert compiled(torch.zeros(1)).item() == expected
 
 
 def test_on_a_cpu_it_is_silent_unless_asked_for() -> None:

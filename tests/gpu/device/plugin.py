@@ -13,6 +13,7 @@ import torch
 
 from mtl_fast.kernels import triton
 from mtl_fast.kernels.triton.launch import observed
+from tests.conv_cases import convolutions_take
 from tests.gpu.device.runner import run_on
 
 if triton.interpreted():
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def launches_on_the_device() -> Iterator[None]:
-    """Launches of CPU tensors are run on the GPU."""
+    """Launches of CPU tensors are run on the GPU, products of float32 exactly: the interpreter has no TF32."""
     device = torch.device("cuda")
-    with observed(then=lambda launch: run_on(launch, device)):
+    with convolutions_take("ieee"), observed(then=lambda launch: run_on(launch, device)):
         yield

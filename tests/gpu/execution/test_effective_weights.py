@@ -27,6 +27,7 @@ def test_all_layers_in_one_launch(chip: str, kind: str, fold: bool) -> None:
         random.conv(3, 65, 1, granularity=None),
         random.conv(37, 71, granularity="filter", bias=False),
         random.conv(16, 1, granularity="kernel", norm=None),
+        random.conv(160, 320, 1, granularity="kernel"),
     ]
     dtype = DTYPES[kind]
     with emulated(chip) as launches:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from mtl_fast.kernels.contracts import ChannelNorm, Epilogue
+from mtl_fast.kernels.triton import epilogue_backward
 from mtl_fast.kernels.triton.epilogue_backward import SavedOutput, unwind
+from mtl_fast.kernels.triton.launch import Launch
 from tests.conv_cases import Random
 from tests.gpu.conv_backward_cases import Saved, assert_within, poisoned, root_sum_of_squares
 from tests.gpu.execution.cases import EPS32, TYPES, by_chip, by_type, rounded
@@ -27,6 +32,24 @@ CASES = {
 def test_gradients_and_sums(
     chip: str, kind: str, epilogue: Epilogue, size: tuple[int, int, int, int]
 ) -> None:
+    check_unwinding(unwind, chip, kind, epilogue, size)
+
+
+@by_chip
+def test_several_blocks_a_program(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs along the windows and three along 160 channels, the last block past the end."""
+    few = replace(epilogue_backward.unwind_config(160, True), programs=6)
+    monkeypatch.setattr(epilogue_backward, "unwind_config", lambda *_: few)
+    pooled = Epilogue("after_residual", 0.1, pool=True)
+    launches = check_unwinding(unwind, chip, "bf16", pooled, (2, 160, 7, 11))
+    assert launches[0].grid == (2, 3)
+    assert launches[0].arguments["n_blocks"] == 2
+
+
+def check_unwinding(
+    unwind: Any, chip: str, kind: str, epilogue: Epilogue, size: tuple[int, int, int, int]
+) -> list[Launch]:
+    """Images, sums and a filter's scale by a launcher of the kernel, whose launches it returns."""
     dtype = TYPES[kind]
     saved = Saved(size, epilogue, dtype, residual=True)
     random, n_channels = Random(5, torch.float32), size[1]
@@ -61,3 +84,4 @@ def test_gradients_and_sums(
     assert_within(
         got.scale, terms.sum(dim=(0, 2, 3)), relative * root_sum_of_squares(inner * parts / wide[0]), "scale"
     )
+    return launches

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from mtl_fast.kernels.contracts import Epilogue
-from mtl_fast.kernels.triton import ss_conv
+from mtl_fast.kernels.triton import base_learner, epilogue_backward, ss_conv, ss_conv_product
 from mtl_fast.kernels.triton.launch import Launch, observed
+from tests.base_learner_cases import Size
 from tests.conv_cases import Random
-from tests.gpu.conv_backward_cases import assert_within
-from tests.gpu.execution.cases import EPS32, by_chip, convolved, rounded
+from tests.gpu.altered import altered
+from tests.gpu.conv_backward_cases import assert_within, images, poisoned
+from tests.gpu.execution.cases import EPS32, assert_epilogue, by_chip, convolved
+from tests.gpu.execution.test_base_learner import problem
+from tests.gpu.execution.test_epilogue_backward import CASES as UNWOUND
+from tests.gpu.execution.test_epilogue_backward import check_unwinding
 from tests.gpu.ptx.faults import EarlyAccess, MissingFence, OutOfBounds, Race, Uninitialised
 from tests.gpu.ptx.launcher import emulated, run
-from tests.gpu.ptx.samples import convolution_launch, gram_launch
 
 pytestmark = pytest.mark.proof
 
@@ -100,40 +104,77 @@ def test_planted_out_of_range_row(chip: str, what: str) -> None:
         run(replace(launch, arguments=launch.arguments | wrong), chip)
 
 
+def assert_convolution(product: Any, chip: str) -> None:
+    """A pooled convolution of 5×6 pixels, whose last row is not computed, by a launcher of the kernel."""
+    random = Random(2)
+    x = images(random, 2, 32, 5, 6, dtype=torch.bfloat16)
+    weight = (random.normal(40, 32, 3, 3) / 17).bfloat16()
+    epilogue = Epilogue("after_residual", 0.1, pool=True)
+    taps = poisoned(weight.permute(0, 2, 3, 1).contiguous())
+    with emulated(chip):
+        got = product(x, taps, None, padding=1, epilogue=epilogue, save=True)
+    assert_epilogue(got, *convolved(x, weight, 1, "bf16"), epilogue, None)
+
+
+OF_A_TAP = "m_x = ((m_taps >> tap) & 1)[:, None] != 0"
+VALUES = "maxima|signs|output"
+MASKS = {
+    "of the next tap": ("m_taps >> (tap + 1)", OutOfBounds, "p_x"),
+    # These read inside the images, where only values tell: a column to the right is let in, or left out.
+    "too wide": ("(m_taps | ((m_taps << 1) & 36)) >> tap", AssertionError, VALUES),
+    "too narrow": ("(m_taps & (m_taps >> 1)) >> tap", AssertionError, VALUES),
+}
+
+
+@by_chip
+@pytest.mark.parametrize("mask", [None, *MASKS])
+def test_planted_shifted_mask(chip: str, mask: str | None) -> None:
+    """The masks of the taps are of other pixels than the taps."""
+    if mask is None:
+        return assert_convolution(ss_conv_product.product, chip)
+    shifted, error, words = MASKS[mask]
+    fault = OF_A_TAP.replace("m_taps >> tap", shifted)
+    with altered(ss_conv_product, OF_A_TAP, fault) as faulty, pytest.raises(error, match=words):
+        assert_convolution(faulty.product, chip)
+
+
+def assert_gram(fit: Any, chip: str) -> None:
+    """H = r·(x·xᵀ + 1) of the base-learner, in float32."""
+    size = Size(1, 5, 13, 11, 160, 1)
+    p, rate = problem(size, torch.float32), 0.1
+    # Rows that are masked out are 0 in H as well as in x.
+    x = torch.where(p.mask.unsqueeze(2), p.support.double(), 0.0)
+    r = rate / p.mask.double().sum(1)[:, None, None]
+    norms = x.square().sum(2)
+    # Partial sums of up to |x|·|x'|, each rounded once.
+    bound = r * EPS32 * (168**0.5 * (norms[:, :, None] * norms[:, None]).sqrt() + 4)
+    with emulated(chip):
+        *_, kernel, _ = fit(p.support, p.labels, p.query, p.weight, p.bias, p.mask, rate, size.n_steps, True)
+    assert_within(kernel[:, : size.n, : size.n], r * (x @ x.mT + 1), bound, "Gram matrix")
+
+
 @by_chip
 def test_planted_missing_input_precision(chip: str) -> None:
-    """A Gram matrix in float32 passes with the precision said, and does not without."""
-    x = Random(1, torch.float32).normal(2, 25, 640)
-    expected = x.double() @ x.double().mT + 1
-    norms = x.double().square().sum(2)
-    # Partial sums of up to |x|·|x'|, each rounded once.
-    bound = EPS32 / 2 * 648**0.5 * (norms[:, :, None] * norms[:, None]).sqrt()
-    out = torch.empty(2, 25, 25)
-    run(gram_launch(x, out, "ieee"), chip, [out])
-    assert_within(out, expected, bound, "Gram matrix")
-    run(gram_launch(x, out, None), chip, [out])
-    with pytest.raises(AssertionError, match="Gram matrix"):
-        assert_within(out, expected, bound, "Gram matrix")
+    """The Gram matrix passes with the precision said, and does not without: it is TF32's then."""
+    assert_gram(base_learner.fit, chip)
+    said = "b_h = tl.dot(b_x, tl.trans(b_x), b_h, input_precision=PRECISION)"
+    with (
+        altered(base_learner, said, said.replace(", input_precision=PRECISION", "")) as faulty,
+        pytest.raises(AssertionError, match="Gram matrix"),
+    ):
+        assert_gram(faulty.fit, chip)
 
 
 @by_chip
-def test_planted_shifted_mask(chip: str) -> None:
-    """A mask of the neighbour's column reads other pixels of the same tensor: only the values tell."""
-    random = Random(2)
-    x, weight = random.images(2, 64, 5, 7).bfloat16(), (random.normal(40, 64, 3, 3) / 24).bfloat16()
-    pixels, taps = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).contiguous()
-    expected, bound = convolved(x, weight, 1, "bf16")
-    expected = torch.where(expected > 0, expected, 0.1 * expected)
-    bound = bound + rounded(expected, torch.bfloat16) + EPS32 * expected.abs()
-    for slip in (0, 1):
-        out = torch.empty(2, 5, 7, 40, dtype=torch.bfloat16)
-        try:
-            run(convolution_launch(pixels, taps, torch.zeros(40), out, slip=slip), chip, [out])
-            assert_within(out.permute(0, 3, 1, 2), expected, bound, "output")
-        except (AssertionError, OutOfBounds):
-            assert slip, "the launch without the fault fails"
-        else:
-            assert not slip, "the fault is not seen"
+@pytest.mark.parametrize("form", ["common pooled, odd", "tensorflow pooled, prime"])
+def test_planted_residual_not_subtracted(chip: str, form: str) -> None:
+    """Without it the gradient of a filter's scale is a sum of other terms."""
+    subtracted = "b_r += tl.load(p_residual + o_pixel, mask=m_here, other=0.0).to(tl.float32)"
+    with (
+        altered(epilogue_backward, subtracted, subtracted.replace("b_r +=", "b_r += 0.0 *")) as faulty,
+        pytest.raises(AssertionError, match="scale"),
+    ):
+        check_unwinding(faulty.unwind, chip, "tf32", *UNWOUND[form])
 
 
 def test_planted_read_of_what_a_launch_left_out() -> None:

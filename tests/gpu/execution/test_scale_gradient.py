@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.grad import conv2d_weight
 
 from mtl_fast.kernels.contracts import ChannelNorm
+from mtl_fast.kernels.triton import scale_gradient as kernels
+from mtl_fast.kernels.triton.launch import Launch
 from mtl_fast.kernels.triton.scale_gradient import filter_products, scale_gradient
 from tests.conv_cases import Random
 from tests.gpu.conv_backward_cases import assert_within, images, poisoned
@@ -27,6 +31,35 @@ SIZES = {
 @by_type
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_both_granularities(chip: str, kind: str, size: tuple[int, ...]) -> None:
+    check_both_granularities(chip, kind, size)
+
+
+@pytest.mark.parametrize(("chip", "kind"), [("sm_80", "bf16"), ("sm_80", "tf32"), ("sm_90", "bf16")])
+@pytest.mark.parametrize("size", [(3, 37, 67, 11, 5, 3), (3, 3, 67, 11, 5, 3)], ids=["chunks", "images"])
+def test_many_pixels_a_program(
+    chip: str, kind: str, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several rounds of the pipeline; in bfloat16 three, in two chunks of two, so that one is beyond the pixels."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    config = kernels.product_config
+    monkeypatch.setattr(kernels, "product_config", lambda *given: replace(config(*given), chunk=2))
+    product, *_ = check_both_granularities(chip, kind, size)
+    steps = -(-3 * 11 * 5 // product.constants["BLOCK_K"])
+    assert steps == (3 if kind == "bf16" else 6)
+    if size[1] == 3:
+        assert (product.grid, product.arguments["n_steps"]) == ((2, 1), steps)
+    else:
+        assert product.grid == (4, 1), "two tiles of each kind of channels, one share of the pixels"
+        assert (product.arguments["n_chunks"], product.arguments["n_steps"]) == (-(-steps // 2), 2)
+
+
+@by_chip
+def test_160_to_320_channels(chip: str) -> None:
+    check_both_granularities(chip, "bf16", (1, 160, 320, 5, 3, 1))
+
+
+def check_both_granularities(chip: str, kind: str, size: tuple[int, ...]) -> list[Launch]:
+    """Against sums in float64; the launches."""
     n, n_in, n_out, height, width, k = size
     random = Random(3)
     x = images(random, n, n_in, height, width, dtype=TYPES[kind])
@@ -37,7 +70,7 @@ def test_both_granularities(chip: str, kind: str, size: tuple[int, ...]) -> None
     lost = (torch.arange(n_out) % 3 == 0).to(torch.uint8)
     kept = torch.full((n_out,), -7.0)
     by_filter = kept.clone()
-    with precision(kind), emulated(chip):
+    with precision(kind), emulated(chip) as launches:
         got = scale_gradient(x, grad, taps, padding=k // 2, norm=norm, dtype=torch.float32)
         filter_products(x, grad, taps, padding=k // 2, norm=norm, lost=poisoned(lost), scale_grad=by_filter)
     factor = 1 / (norm.var.double() + norm.eps).sqrt()[:, None]
@@ -56,3 +89,4 @@ def test_both_granularities(chip: str, kind: str, size: tuple[int, ...]) -> None
     chosen = lost != 0
     assert_within(by_filter[chosen], expected.sum(1)[chosen], bound[chosen], "filter")
     assert torch.equal(by_filter[~chosen], kept[~chosen])
+    return launches

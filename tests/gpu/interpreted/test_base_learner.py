@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from mtl_fast.kernels import triton
 from mtl_fast.kernels.triton import base_learner as kernels
 from mtl_fast.kernels.triton import base_learner_backward, base_learner_config
 from mtl_fast.kernels.triton.launch import observed
@@ -29,6 +28,7 @@ from tests.base_learner_cases import (
     plain,
     tolerance,
 )
+from tests.gpu.altered import altered
 
 LR = 0.1
 SIZES = {
@@ -295,11 +295,6 @@ def test_what_it_takes_and_why() -> None:
         assert why("base_learner", **facts).startswith("triton: ")
 
 
-@triton.jit
-def one_row_too_many(p_mask, o_t, o_n, n_rows, HAS_MASK: tl.constexpr):
-    return o_n < n_rows + 1
-
-
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_planted_shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row beyond a task's last is let in: the comparison with the float64 loop sees it."""
@@ -308,6 +303,8 @@ def test_planted_shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plain(p.to(torch.float64), inner_lr=LR, n_steps=size.n_steps, order="first")
     p = surrounded(p)
     assert_near(fit(p, **options_of(size)), expected, bound(size))
-    monkeypatch.setattr(kernels, "valid_rows", one_row_too_many)
-    with pytest.raises(AssertionError):
-        assert_near(fit(p, **options_of(size)), expected, bound(size))
+    mask = "    m_n = valid_rows(p_mask, o_t, o_n, n_rows, HAS_MASK)"
+    with altered(kernels, mask, mask.replace("n_rows", "n_rows + 1")) as faulty:
+        monkeypatch.setattr(triton, "base_learner", faulty)
+        with pytest.raises(AssertionError):
+            assert_near(fit(p, **options_of(size)), expected, bound(size))

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
+from mtl_fast.kernels import triton
 from mtl_fast.kernels.contracts import ChannelNorm, Epilogue
 from mtl_fast.kernels.triton import episode_norm as kernels
 from mtl_fast.kernels.triton import episode_norm_backward
 from mtl_fast.kernels.triton.launch import observed
 from mtl_fast.ops.backend import why
 from tests.conv_cases import Random
+from tests.gpu.altered import altered
 from tests.norm_cases import assert_agrees, leaves, make, run
 
 EPILOGUES = [
@@ -221,16 +221,17 @@ def test_what_it_takes_and_why() -> None:
             why("episode_norm", "triton", norm=norm, **facts)
 
 
-@triton.jit
-def one_row_too_few(p_mask, group, o_m, n_rows, n_images, row_length, HAS_MASK: tl.constexpr):
-    return o_m < n_rows - 1
-
-
-@pytest.mark.parametrize("module", [kernels, episode_norm_backward], ids=["forward", "backward"])
-def test_planted_shifted_mask(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "n_rows"),
+    [(kernels, "n_rows"), (episode_norm_backward, "n_windows")],
+    ids=["forward", "backward"],
+)
+def test_planted_shifted_mask(module: Any, n_rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last pixel of each group is left out: the comparison with the float64 definition sees it."""
     z, norm, _ = make((2, 3, 5, 3, 5))
     assert_agrees(z, norm, None, Epilogue(), 2, backend="triton")
-    monkeypatch.setattr(module, "counting", one_row_too_few)
-    with pytest.raises(AssertionError):
-        assert_agrees(z, norm, None, Epilogue(), 2, backend="triton")
+    mask = f"        m_m = counting(p_mask, group, o_m, {n_rows}, "
+    with altered(module, mask, mask.replace(n_rows, f"{n_rows} - 1")) as faulty:
+        monkeypatch.setattr(triton, module.__name__.rpartition(".")[2], faulty)
+        with pytest.raises(AssertionError):
+            assert_agrees(z, norm, None, Epilogue(), 2, backend="triton")

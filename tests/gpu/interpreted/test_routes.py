@@ -14,8 +14,8 @@ from mtl_fast.kernels.triton.launch import Launch, observed
 from mtl_fast.ops import routes, ss_conv
 from mtl_fast.tune import training_step
 from tests.conv_cases import Random
+from tests.gpu.block_cases import decided, make, results
 from tests.gpu.conv_backward_cases import called
-from tests.gpu.interpreted.test_ss_block_operators import decided, make, results
 from tests.gpu.interpreted.test_ss_conv_operators import DTYPES, SIZES, by_granularity, case, residual_of
 from tests.native_cases import assert_native_agrees, assert_near_as_torch
 

@@ -3,67 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtl_fast.kernels.contracts import ConvOperands, Epilogue
+from mtl_fast.kernels.contracts import ConvOperands
 from mtl_fast.kernels.triton.launch import Launch, observed
 from mtl_fast.ops import ss_block, ss_conv
 from tests.conv_cases import Random, assert_near, rebuilt, tensors
+from tests.gpu.block_cases import FORMS, decided, make, results
 from tests.gpu.conv_backward_cases import called
-from tests.native_cases import Kinks, assert_near_as_torch, double
+from tests.native_cases import assert_near_as_torch, double
 
-FORMS = {
-    "common": Epilogue("after_residual", 0.1, pool=True),
-    "tensorflow": Epilogue("before_residual", 0.1, pool=True),
-}
 by_form = pytest.mark.parametrize("form", FORMS)
 by_granularity = pytest.mark.parametrize("granularity", ["kernel", "filter"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-
-
-def make(
-    form: str, granularity: str, dtype: torch.dtype, seed: int, size: tuple[int, int] = (5, 6)
-) -> tuple[Tensor, list[ConvOperands]]:
-    """Images [2, 3, *size] of `dtype` and a block's operands in float32, the shortcut first, with Φ of its own."""
-    random = Random(seed, torch.float32)
-    norm = "both" if form == "common" else "bias"
-    convs = [random.conv(c, 7, granularity=granularity, norm=norm) for c in (3, 7, 7)]
-    shortcut = random.conv(3, 7, 1, granularity=granularity, norm=norm if form == "common" else None)
-    return random.images(2, 3, *size).to(dtype), [shortcut, *convs]
-
-
-def results(x: Tensor, layers: list[ConvOperands], form: str, backend: str, **options: Any) -> list[Tensor]:
-    """The output and the gradients of x and of the scale-and-shift tensors."""
-    x = x.clone().requires_grad_()
-    made, wanted = [], [x]
-    for conv in layers:
-        values = {
-            name: t.clone().requires_grad_(name in ("scale", "shift")) for name, t in tensors(conv).items()
-        }
-        made.append(rebuilt(conv, values))
-        wanted += [t for t in values.values() if t.requires_grad]
-    out = ss_block(x, made[1:], made[0], epilogue=FORMS[form], backend=backend, **options).output
-    cotangent = Random(99).normal(*out.shape).to(torch.float16).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
-
-
-def decided(
-    form: str, granularity: str, dtype: torch.dtype
-) -> tuple[Tensor, list[ConvOperands], list[Tensor]]:
-    """Operands whose activations are all farther from their kinks than rounding, and the float64 results."""
-    margin = torch.finfo(dtype).eps * (9 * 7 + 8) ** 0.5 / 8
-    for seed in range(400):
-        # A small map has fewer kinks to come near to.
-        x, layers = make(form, granularity, dtype, seed, (2, 3) if dtype == torch.float16 else (5, 6))
-        with Kinks() as kinks:
-            exact = results(x.double(), [double(conv) for conv in layers], form, "torch")
-        if kinks.nearest > margin:
-            return x, layers, exact
-    raise AssertionError("no operands whose activations are all decided")
 
 
 @DTYPES

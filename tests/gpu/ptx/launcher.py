@@ -23,7 +23,7 @@ from .memory import GlobalMemory
 from .parser import parse
 
 # As many programs run side by side as give about so many threads: numpy's cost a call is shared by them.
-THREADS_TOGETHER = 1024
+THREADS_TOGETHER = 4096
 Written = dict[int, NDArray[np.bool_]]
 
 

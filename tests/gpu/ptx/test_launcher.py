@@ -1,4 +1,4 @@
-"""Launches executed: the patterns of the project's kernels, without those kernels."""
+"""Launches executed, their memory followed from one to the next: with a small kernel, not the project's."""
 
 from __future__ import annotations
 
