@@ -1,6 +1,8 @@
 """Launches and compulsory bytes of a whole meta-training step, counted: ours, and the plain program's run eagerly.
 
-`python -m bench.gpu.launches PIXELS … --widths CHANNELS …` prints ours as JSON. Both run on tensors that hold nothing (`FakeTensorMode`), with a dispatch mode that counts. Our operators run their
+`python -m bench.gpu.launches PIXELS … --widths CHANNELS …` prints ours as JSON.
+
+Both run on tensors that hold nothing (`FakeTensorMode`), with a dispatch mode that counts. Our operators run their
 launchers, whose launches are counted as such. Every other operator of PyTorch counts as one launch, fewer than it
 may take: views and empty tensors as none, a convolution's backward pass as one for each gradient asked for.
 """
@@ -46,7 +48,8 @@ from mtl_fast.training.meta_update import adam, guarded_step
 
 N_TASKS, N_WAY, N_SHOT, N_QUERY = 2, 5, 5, 15
 INNER = InnerLoop(lr=0.05, n_steps=100)
-# They allocate, mark what a tensor is, give it another form, or ask the host (for a dtype, for the optimiser's count of its steps).
+# They allocate, mark what a tensor is, give it another form, or ask the host (for a dtype, for the optimiser's count of
+# its steps).
 FREE = (
     "empty",
     "new_empty",
