@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -365,7 +366,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             padding = layer.n_taps // 2
             # As the operators do for layers with Φ, which shortcuts are without.
             sums = None if layer.n_taps == 1 else Sums(torch.empty(66, 1, layer.n_out, device="meta"), vector)
-            options = {"padding": padding, "norm": norm, "dtype": torch.float32, "sums": sums}
+            options: dict[str, Any] = {"padding": padding, "norm": norm, "dtype": torch.float32, "sums": sums}
             with observed() as launches:
                 scale_gradient(x, grad, taps, **options)
                 filter_products(x, grad, taps, padding=padding, norm=norm, lost=lost, scale_grad=vector)
