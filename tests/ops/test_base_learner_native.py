@@ -300,21 +300,6 @@ def test_auto_takes_native_and_the_environment_turns_it_off(monkeypatch: pytest.
     assert torch.equal(fit(p, **options), fit(p, backend="torch", **options))
 
 
-@pytest.mark.parametrize(
-    ("n", "n_steps", "backend"),
-    [(25, 1, "native"), (25, 100, "native"), (75, 1, "torch"), (75, 2, "torch"), (75, 5, "native")],
-)
-def test_auto_takes_what_runs_fastest(
-    n: int, n_steps: int, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One call is faster than many, unless they have far less to multiply: one step need not know a Gram matrix."""
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
-    support, weight = torch.empty(2, n, 640), torch.empty(5, 640)
-    facts = {"support": support, "weight": weight, "n_steps": n_steps}
-    assert why("base_learner", **facts).startswith(f"{backend}: ")
-    assert why("base_learner", **facts, form="dual").startswith("native: ")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     half = problem(SIZES["primes"]).to(dtype)
