@@ -50,7 +50,8 @@ LEGEND = """\
 - **loop**: instructions of the main loop. **MFLOP**: of the algorithm, padding left out. **KB**: compulsory, each element
   once; **KB of L2**: what all programs together ask of L2, modelled from the blocks.
 - **products**, **memory**, **L2**, **issue**: modelled terms in µs; **limit** names the largest. **waves**, **padding**:
-  factors. **µs**: the modelled time, no measurement."""
+  factors. **µs**: the modelled time, no measurement. Kernels without products have no issue term, for their trip counts
+  are not in the code: for `fit` and `loop_backward`, whose steps wait for each other, it is far below what they take."""
 Row = dict[str, Any]
 # Program → input size → what a step of it launches.
 Steps = Mapping[str, Mapping[int, Count]]
@@ -143,8 +144,8 @@ def _span(values: Sequence[int]) -> str:
 def _cell(row: Row, column: str) -> str:
     value = row[column]
     if column == "name":
-        # The section is the kernel's.
-        return str(value).removeprefix(f"{row['kernel']}/")
+        # The section is the kernel's, and the file is in the JSON.
+        return str(value).partition("/")[2].removeprefix(f"{row['kernel']}/")
     if column in MICROSECONDS:
         return f"{value * 1e6:.1f}" if value else "–"
     if column in ("waves", "padding"):

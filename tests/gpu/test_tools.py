@@ -89,5 +89,16 @@ def test_a_report_is_written_for_each_card(tmp_path: Path, monkeypatch: pytest.M
     for name, other in (("h100", "sm_89"), ("l4", "sm_90")):
         # Each page has the code of its own chip.
         page = (tmp_path / f"kernels-{name}.md").read_text("utf-8")
-        assert f"| {NAME} " in page
+        assert f"| {NAME.partition('/')[2]} " in page
         assert other not in page + (tmp_path / f"kernels-{name}.json").read_text("utf-8")
+
+
+def test_launches_without_work_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = replace(planted.launch(), work=replace(planted.launch().work, flop=0))
+    monkeypatch.setattr(kernel_report, "shipped", lambda: {NAME: planted.launch(), "planted/idle": idle})
+    monkeypatch.setattr(kernel_report.counting, "plain", lambda *_: Count(Counter(), Counter(mm=2)))
+    monkeypatch.setattr(kernel_report.counting, "ours_elsewhere", lambda *_: {})
+    kernel_report.main(["--cards", "h100", "--output", str(tmp_path)])
+    page = (tmp_path / "kernels-h100.md").read_text("utf-8")
+    assert "| product " in page
+    assert "idle" not in page
