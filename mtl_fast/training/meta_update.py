@@ -19,7 +19,7 @@ def adam(
     if moved:
         groups.insert(0, {"params": moved, "start_lr": meta.lr})
     # On a GPU a group's parameters are moved in one launch, which leaves all as it was where it is told to.
-    optimizer = torch.optim.Adam(groups, fused=head[0].device.type == "cuda")
+    optimizer = torch.optim.Adam(groups, fused=True if head[0].device.type == "cuda" else None)
     keep_on_device(optimizer)
     return optimizer
 
@@ -32,6 +32,9 @@ def keep_on_device(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         device = group["params"][0].device
         group["capturable"] = device.type == "cuda"
+        # What was saved on a GPU goes on with a CPU's own step; what was saved unfused stays so, to the bit.
+        if not group["capturable"]:
+            group["fused"] = None
         rate = float(group["lr"])
         group["lr"] = torch.tensor(rate, device=device) if group["capturable"] else rate
         for p in group["params"]:

@@ -193,10 +193,10 @@ def test_on_a_cpu_rates_and_counters_stay_the_hosts() -> None:
     adam.step()
     before = state_of(parameters, adam)
     # As a state that was saved on a GPU would have them.
-    adam.param_groups[0] |= {"lr": torch.tensor(0.01), "capturable": True}
+    adam.param_groups[0] |= {"lr": torch.tensor(0.01), "capturable": True, "fused": True}
     keep_on_device(adam)
     (group,) = adam.param_groups
-    assert (type(group["lr"]), group["capturable"]) == (float, False)
+    assert (type(group["lr"]), group["capturable"], group["fused"]) == (float, False, None)
     assert group["lr"] == pytest.approx(0.01)
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(parameters, adam), strict=True))
 
