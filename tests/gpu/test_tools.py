@@ -95,7 +95,7 @@ def test_a_report_is_written_for_each_card(tmp_path: Path, monkeypatch: pytest.M
 
 def test_launches_without_work_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     idle = replace(planted.launch(), work=replace(planted.launch().work, flop=0))
-    monkeypatch.setattr(kernel_report, "shipped", lambda: {NAME: planted.launch(), "planted/idle": idle})
+    monkeypatch.setattr(kernel_report, "shipped", lambda *_: {NAME: planted.launch(), "planted/idle": idle})
     monkeypatch.setattr(kernel_report.counting, "plain", lambda *_: Count(Counter(), Counter(mm=2)))
     monkeypatch.setattr(kernel_report.counting, "ours_elsewhere", lambda *_: {})
     kernel_report.main(["--cards", "h100", "--output", str(tmp_path)])
