@@ -66,7 +66,7 @@ def rows(launches: Mapping[str, Launch], found: Mapping[str, Inspection], card: 
         work = launch.work
         threads = inspection.programs * inspection.num_warps * 32
         made.append(
-            {"name": name, "kernel": launch.name, "grid": prod(launch.grid)}
+            {"name": name, "kernel": _kernel(launch), "grid": prod(launch.grid)}
             | asdict(inspection)
             | {"occupancy": threads / card.chip.threads, "flop": work.flop}
             | {"n_bytes": work.read + work.written, "l2_bytes": l2_bytes(work)}
@@ -74,6 +74,11 @@ def rows(launches: Mapping[str, Launch], found: Mapping[str, Inspection], card: 
             | {"waves": time.waves, "padding": time.padding, "seconds": time.seconds, "limit": time.limit}
         )
     return made
+
+
+def _kernel(launch: Launch) -> str:
+    """With its file, for two files have a `sums_kernel`."""
+    return f"{str(launch.kernel.__module__).rpartition('.')[2]}.{launch.name}"
 
 
 def markdown(made: Sequence[Row], steps: Steps, card: Card) -> str:
@@ -145,7 +150,7 @@ def _cell(row: Row, column: str) -> str:
     value = row[column]
     if column == "name":
         # The section is the kernel's, and the file is in the JSON.
-        return str(value).partition("/")[2].removeprefix(f"{row['kernel']}/")
+        return str(value).partition("/")[2].removeprefix(f"{row['kernel'].rpartition('.')[2]}/")
     if column in MICROSECONDS:
         return f"{value * 1e6:.1f}" if value else "–"
     if column in ("waves", "padding"):

@@ -20,6 +20,7 @@ from bench.gpu import report
 from bench.gpu.cards import CARDS, Card
 from bench.gpu.launches import GRAPH, Count
 from bench.gpu.model import modelled, rate
+from mtl_fast.kernels.triton import epilogue_backward, episode_norm_backward
 from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import Inspection
 from mtl_fast.kernels.triton.launch import Work
@@ -117,3 +118,18 @@ def test_the_page_says_what_was_modelled_and_shows_each_term(tmp_path: Path) -> 
     assert stored["times"] == "modelled"
     assert stored["kernels"][0]["seconds"] == pytest.approx(modelled(LAUNCH, FOUND, CARD).seconds)
     assert stored["steps"]["ours"]["32"]["kernels"] == {"product": 3}
+
+
+def test_kernels_of_one_name_in_two_files_are_told_apart() -> None:
+    launches = {
+        name: launch
+        for module in (epilogue_backward, episode_norm_backward)
+        for name, launch in module.shipped()
+        if launch.name == "sums_kernel"
+    }
+    made = report.rows(launches, dict.fromkeys(launches, FOUND), CARD)
+    kernels = {row["kernel"] for row in made}
+    assert kernels == {"partial_sums.sums_kernel", "episode_norm_backward.sums_kernel"}
+    text = report.markdown(made, {"plain PyTorch": {32: Count(Counter(), Counter(mm=1))}}, CARD)
+    for kernel in kernels:
+        assert f"\n## {kernel}\n" in text
