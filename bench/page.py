@@ -9,7 +9,7 @@ from mtl_fast.training.figures import INK, PALE, RIGHT, WIDTH, WRONG, blank_figu
 
 from .harness import Target
 from .records import Record, latest, line_of, read, spread_of, words_of
-from .report import value_in_unit, verdict
+from .report import verdict, with_range
 from .scaling import picture as scaling_picture
 
 
@@ -39,10 +39,10 @@ def markdown(found: Sequence[Record]) -> str:
         if r["target"] is None or spread is None:
             continue
         target, unit = Target(**r["target"]), r["unit"]
-        low, high = (value_in_unit(v, unit) for v in (spread.low, spread.high))
+        middle, *around = with_range(spread, unit)
         must, aim = verdict(target, spread.middle, unit).split(", ")
         lines.append(
-            f"| {r['row']} | {r['against']} | **{value_in_unit(spread.middle, unit)}** ({low}–{high}) | "
+            f"| {r['row']} | {r['against']} | {' '.join([f'**{middle}**', *around])} | "
             f"{must.removeprefix('must ')} | {aim.removeprefix('aim ')} |"
         )
     return "\n".join([*lines, "", *_measured_with(found)]) + "\n"

@@ -32,7 +32,7 @@ def _rows_of(module: str) -> Callable[[bool], Sequence[Measurable]]:
 
 PARTS = {
     "ops": Part("convolution, encoder, base-learner", ("ops.bench_ss_conv", "encoder", "fits")),
-    "step": Part("the meta-training step, its time and its memory", ("step",)),
+    "step": Part("the meta-training step, its time, its memory, its launches", ("step", "gpu.counted")),
     "maml": Part("the step of MAML, its time and its memory", ("inner_loops",)),
     "pretrain": Part("the pre-training step", ("pretrain",)),
     "evaluate": Part("evaluation of many tasks", ("evaluate",)),

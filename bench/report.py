@@ -58,7 +58,7 @@ def text(line: Line, settings: Settings) -> str:
     if spread is None:
         why = f"skipped: {line.skipped}" if line.skipped else f"refused: {line.refused}"
         return f"{line.row:<{WIDTHS[0]}} {why}{note}"
-    ratio = f"{value_in_unit(spread.middle, line.unit)} ({_range(spread, line.unit)})"
+    ratio = " ".join(with_range(spread, line.unit))
     if line.best is not None:
         ratio += f", {value_in_unit(line.best, line.unit)}"
     share = "" if line.share is None else f"{line.share:.0%}"
@@ -86,8 +86,10 @@ def value_in_unit(value: float, unit: str) -> str:
     return f"{value:,.0f}{unit}" if value >= 1000 else f"{value:.3g}{unit}"
 
 
-def _range(spread: Spread, unit: str) -> str:
-    return f"{value_in_unit(spread.low, unit)}–{value_in_unit(spread.high, unit)}"
+def with_range(spread: Spread, unit: str) -> list[str]:
+    """["3.21×", "(3.1×–3.3×)"]; without a range where all values are one, as of what is counted."""
+    low, middle, high = (value_in_unit(value, unit) for value in (spread.low, spread.middle, spread.high))
+    return [middle] if spread.low == spread.high else [middle, f"({low}–{high})"]
 
 
 def _columns(cells: tuple[str, ...]) -> str:

@@ -12,10 +12,12 @@ from torch import Tensor
 from bench.networks import PREPROCESS, layers_of
 from bench.peers.meta_step import BatchedStep, Data, FoldedLayer, InnerLoop, PlainStep, Tasks
 from bench.step import Problem, Shape
+from mtl_fast.config import MetaConfig
 from mtl_fast.engine import EpisodicEngine
 from mtl_fast.engine.capture import capture
 from mtl_fast.kernels.triton.launch import Launch
 from mtl_fast.ops.routes import LayerShape
+from mtl_fast.training.meta_update import adam, guarded_step
 from mtl_fast.tune import layers_of as layer_shapes
 from mtl_fast.tune import training_step
 
@@ -67,7 +69,10 @@ def _contenders(shape: LayerShape, device: torch.device, n_images: int) -> dict[
 
 
 def whole_step(device: torch.device, pixels: int, shape: Shape, dtype: torch.dtype) -> Contest:
-    """Meta-training steps with Adam from the same start: ours captured and eager, and two in plain PyTorch."""
+    """Meta-training steps with Adam from the same start: ours captured and eager, and two in plain PyTorch.
+
+    Ours ends as in the training loop, which lets no gradient through that is not finite; the others' are not looked at.
+    """
     problem = Problem(shape, n_tasks=2, pixels=pixels)
     store = copy.copy(problem.store)
     object.__setattr__(store, "images", problem.store.images.to(device))
@@ -87,13 +92,12 @@ def whole_step(device: torch.device, pixels: int, shape: Shape, dtype: torch.dty
             inner_steps=shape.inner.n_steps,
             encoder_dtype=dtype,
         )
-        parameters = [*encoder.scale_shift_parameters(), *head.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=1e-3, capturable=device.type == "cuda")
+        optimizer = adam(MetaConfig(), list(encoder.scale_shift_parameters()), list(head.parameters()))
 
         def step() -> tuple[Tensor, ...]:
             optimizer.zero_grad()
             loss = engine.step(episodes).loss
-            optimizer.step()
+            guarded_step(optimizer, loss.isfinite().all())
             return (loss,)
 
         return capture(step, device) if captured else step

@@ -1,5 +1,7 @@
 """Launches and compulsory bytes of a whole meta-training step, counted: ours, and the plain program's run eagerly.
 
+`python -m bench.gpu.launches PIXELS … --widths CHANNELS …` prints ours as JSON.
+
 Both run on tensors that hold nothing (`FakeTensorMode`), with a dispatch mode that counts. Our operators run their
 launchers, whose launches are counted as such. Every other operator of PyTorch counts as one launch, fewer than it
 may take: views and empty tensors as none, a convolution's backward pass as one for each gradient asked for.
@@ -7,13 +9,19 @@ may take: views and empty tensors as none, a convolution's backward pass as one 
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,17 +34,23 @@ from torch.utils._pytree import tree_leaves
 
 from bench.networks import PREPROCESS, layers_of, random_store
 from bench.peers.meta_step import Data, InnerLoop, PlainStep, Tasks
+from mtl_fast.config import MetaConfig
 from mtl_fast.engine import EpisodicEngine
-from mtl_fast.episodes import EpisodeSampler
+from mtl_fast.engine.capture import CapturedStep, Replay, Step
+from mtl_fast.engine.spans import Spans
+from mtl_fast.episodes import Episodes, EpisodeSampler
 from mtl_fast.kernels.triton import interpreted
 from mtl_fast.kernels.triton.launch import Launch, observed
 from mtl_fast.nn import LinearHead, ResNet12
 from mtl_fast.ops import routes
 from mtl_fast.ops.backend import ENVIRONMENT_VARIABLE
+from mtl_fast.training.meta_update import adam, guarded_step
 
 N_TASKS, N_WAY, N_SHOT, N_QUERY = 2, 5, 5, 15
 INNER = InnerLoop(lr=0.05, n_steps=100)
-# They allocate, give a tensor another form, or ask the host (for a dtype, for the optimiser's count of its steps).
+GRAPH = "CUDA graph"  # the name that a captured step's one launch is counted under
+# They allocate, mark what a tensor is, give it another form, or ask the host (for a dtype, for the optimiser's count of
+# its steps).
 FREE = (
     "empty",
     "new_empty",
@@ -45,6 +59,7 @@ FREE = (
     "new_empty_strided",
     "_unsafe_view",
     "lift_fresh",
+    "detach_",
     "promote_types",
     "_local_scalar_dense",
 )
@@ -60,15 +75,42 @@ class Count:
         kernels: launches of ours by kernel.
         operators: those of PyTorch by operator.
         n_bytes: read and written, each tensor of a launch once.
+        parts: launches of both kinds by the part of the step.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     operators: Counter[str] = field(default_factory=Counter)
     n_bytes: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
 
     @property
     def launches(self) -> int:
         return self.kernels.total() + self.operators.total()
+
+
+# The span that is open, of `Spans.PARTS`.
+_span: ContextVar[str] = ContextVar("span", default="")
+
+
+class _Noted(Spans):
+    """Spans that tell the counter which is open, instead of measuring."""
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        token = _span.set(name)
+        try:
+            yield
+        finally:
+            _span.reset(token)
+
+
+def _part() -> str:
+    """What a launch now would be a part of."""
+    span = _span.get()
+    if span == "encoder":
+        # Inside a backward pass autograd numbers its tasks.
+        return "encoder, forward" if torch._C._current_graph_task_id() == -1 else "encoder, backward"
+    return {"data": "images", "inner loop": "base-learner and loss"}.get(span, "update")
 
 
 class Counting(TorchDispatchMode):
@@ -93,11 +135,13 @@ class Counting(TorchDispatchMode):
         if launches and (not made or any(t.numel() for t in made)):
             name = func._schema.name.split("::")[1]
             self.count.operators[name] += launches
+            self.count.parts[_part()] += launches
             self.count.n_bytes += bytes_of(name, (args, kwargs), outputs)
         return outputs
 
     def _note(self, launch: Launch) -> None:
         self.count.kernels[launch.name] += 1
+        self.count.parts[_part()] += 1
         self.count.n_bytes += launch.work.read + launch.work.written
 
 
@@ -139,15 +183,32 @@ def plain(widths: tuple[int, ...], pixels: int) -> Count:
         ]
         data = Data(store.images, PREPROCESS.mean, PREPROCESS.std)
         step = PlainStep(layers, to_fake(head.weight), to_fake(head.bias), data, INNER)
-        _as_on_gpu(step.optimizer)
+        for group in step.optimizer.param_groups:
+            group["foreach"] = True  # what PyTorch does by itself for parameters of a GPU
         tasks = Tasks(**{name: getattr(episodes, name) for name in Tasks.__dataclass_fields__})
         return _counted(lambda: step(tasks))
 
 
-def ours(widths: tuple[int, ...], pixels: int, dtype: torch.dtype = torch.float16) -> Count:
-    """A step of `EpisodicEngine` with the `triton` backend, activations in `dtype`, and the same optimiser.
+def ours(
+    widths: tuple[int, ...],
+    pixels: int,
+    dtype: torch.dtype = torch.float16,
+    *,
+    route: routes.Route | None = None,
+    replayed: bool = False,
+) -> Count:
+    """A step of `EpisodicEngine` with the `triton` backend, activations in `dtype`, and the training loop's update.
+
+    That is Adam by one fused launch a group, which the check of all gradients can keep from stepping.
 
     bfloat16 would launch the same; the interpreter, in whose name kernels take tensors of the CPU, refuses it.
+
+    Args:
+        widths, pixels: of the encoder, and of its square images.
+        dtype: of images and activations.
+        route: of all layers; None is that of the rule.
+        replayed: what a captured step is called with: a graph is one launch, whatever is in it, beside the copies
+            of the step's tensors. Its bytes are those of the copies alone.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is not set: only then kernels take tensors of the CPU, as the fake ones are.
@@ -162,7 +223,7 @@ def ours(widths: tuple[int, ...], pixels: int, dtype: torch.dtype = torch.float1
     with (
         _fake(pixels) as (to_fake, store, episodes),
         mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "triton"}),
-        mock.patch.object(routes, "route", by_rule),
+        mock.patch.object(routes, "route", by_rule) if route is None else routes.forced(route),
         # On a GPU rows are not read back to be checked.
         mock.patch.object(import_module("mtl_fast.ops.images"), "_check_window"),
     ):
@@ -181,17 +242,71 @@ def ours(widths: tuple[int, ...], pixels: int, dtype: torch.dtype = torch.float1
             inner_lr=INNER.lr,
             inner_steps=INNER.n_steps,
             encoder_dtype=dtype,
+            spans=_Noted(),
         )
-        parameters = [*encoder.scale_shift_parameters(), *head.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=1e-3)
-        _as_on_gpu(optimizer)
+        optimizer = adam(MetaConfig(), list(encoder.scale_shift_parameters()), list(head.parameters()))
+        for group in optimizer.param_groups:
+            group |= {"fused": True, "lr": store.images.new_full((), group["lr"], dtype=torch.float32)}
 
-        def step() -> None:
+        def step(*tensors: Tensor) -> tuple[Tensor, ...]:
             optimizer.zero_grad()
-            engine.step(episodes)
-            optimizer.step()
+            output = engine.step(Episodes(*tensors))
+            guarded_step(optimizer, output.loss.isfinite().all())
+            return tuple(output)
 
-        return _counted(step)
+        tensors = tuple(vars(episodes).values())
+        if not replayed:
+            return _counted(lambda: step(*tensors))
+        captured = CapturedStep(step, _Recorded(), n_warm_up=0)
+        count = _counted(lambda: captured(*tensors))
+        count.kernels[GRAPH] += 1
+        count.parts = Counter()
+        return count
+
+
+class _Recorded:
+    """Runs a step as it is recorded; its replay does nothing, so that what comes beside it is counted."""
+
+    def warm_up(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return step(*tensors)
+
+    def record(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[Replay, tuple[Tensor, ...]]:
+        outputs = step(*tensors)
+        return (lambda: None), outputs
+
+
+# What is counted of ours: as the rule routes layers, all in our kernels, and a captured step.
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "ours": {},
+    "ours, every layer in our kernels": {"route": "triton"},
+    "ours, captured": {"replayed": True},
+}
+Counts = dict[str, dict[int, Count]]
+
+
+def ours_elsewhere(widths: Sequence[int], sizes: Sequence[int]) -> Counts:
+    """`ours` by way and size, counted in a process of its own, where kernels are interpreted.
+
+    Raises:
+        RuntimeError: that process failed; the message is its last line.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name, *map(str, sizes), "--widths", *map(str, widths)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return {
+        way: {
+            int(size): Count(**{k: Counter(v) if isinstance(v, dict) else v for k, v in fields.items()})
+            for size, fields in by_size.items()
+        }
+        for way, by_size in json.loads(done.stdout.splitlines()[-1]).items()
+    }
 
 
 def _counted(step: Callable[[], object]) -> Count:
@@ -200,12 +315,6 @@ def _counted(step: Callable[[], object]) -> Count:
     with Counting() as counting:
         step()
     return counting.count
-
-
-def _as_on_gpu(optimizer: torch.optim.Optimizer) -> None:
-    """Many tensors at a time, without readbacks: what PyTorch does by itself for parameters of a GPU."""
-    for group in optimizer.param_groups:
-        group["foreach"] = True
 
 
 def _encoder(widths: tuple[int, ...]) -> ResNet12:
@@ -236,3 +345,20 @@ def _fake(pixels: int) -> Iterator[tuple[Callable[[Tensor], Tensor], Any, Any]]:
             yield to_fake, store, episodes
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+def main() -> None:
+    """Prints `ours` in every way and size, as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.launches", description=main.__doc__)
+    parser.add_argument("sizes", type=int, nargs="+")
+    parser.add_argument("--widths", type=int, nargs=4, required=True)
+    given = parser.parse_args()
+    counts = {
+        way: {size: vars(ours(tuple(given.widths), size, **how)) for size in given.sizes}
+        for way, how in WAYS.items()
+    }
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

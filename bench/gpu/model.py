@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtl_fast.kernels.triton.inspection import Inspection
-from mtl_fast.kernels.triton.launch import Launch
+from mtl_fast.kernels.triton.launch import Launch, Work
 
 from .cards import REACHED_MATRIX, REACHED_MEMORY, Card
 
@@ -67,11 +67,16 @@ def modelled(launch: Launch, found: Inspection, card: Card) -> Modelled:
     return Modelled(
         products=flop / rate(launch, card),
         memory=(work.read + work.written) / (card.memory * REACHED_MEMORY),
-        l2=((work.l2_read or work.read) + work.written) / card.l2,
+        l2=l2_bytes(work) / card.l2,
         issue=issue,
         waves=ceil(programs / card.multiprocessors) * card.multiprocessors / max(programs, 1),
         padding=flop / work.flop if work.flop else 1.0,
     )
+
+
+def l2_bytes(work: Work) -> int:
+    """What all programs together read from L2 and write to it."""
+    return (work.l2_read or work.read) + work.written
 
 
 def rate(launch: Launch, card: Card) -> float:

@@ -1,12 +1,13 @@
 // Which tile, how many of them at a time, shared by the threads or not. Chosen by measurement (bench/NOTES.md).
 // Plans depend on shapes alone, never on the number of threads: any number gives the same bits.
 //
-//   map                       84, 42, 21   10     32, 16, 8, 4   2
-//   tile                      6            4      4              2
-//   tiles, forward            24           48     24             24
-//   tiles, scale gradient     48           48     48             48
+//   map                       84, 42, 21   10     32, 16, 8   512 @ 4   4    2
+//   tile                      6            4      4           4         4    2
+//   tiles, forward            24           48     24          192       24   24
+//   tiles, scale gradient     48           48     48          48        48   48
 //
-// Threads share their tiles where there are few of them and transformed filters outgrow the caches (512 @ 4).
+// 512 @ 4 stands for few tiles in all of filters that outgrow the caches when transformed: threads share their tiles, and
+// forward takes them all at once, so that filters are transformed once. 48 forward goes with other filters of more than 256 × 256 channels.
 #pragma once
 
 #include "tiles.h"

@@ -12,17 +12,23 @@ import torch
 from torch import Tensor
 
 
+def multiply_adds(n: int, n_features: int, n_way: int, n_steps: int) -> tuple[int, int]:
+    """Of a task, in the dual and in the primal form.
+
+    dual   = n²·D + 2·n·C·D + n_steps·n²·C      Gram matrix, first logits, final head; then the steps
+    primal = n_steps·2·n·C·D
+    """
+    by_features = 2 * n * n_way * n_features
+    return n * n * n_features + by_features + n_steps * n * n * n_way, n_steps * by_features
+
+
 def cheaper_form(n: int, n_features: int, n_way: int, n_steps: int) -> str:
     """``"dual"`` or ``"primal"``: the one with fewer multiply-adds for a task (ties go to dual).
 
-        dual   = n²·D + 2·n·C·D + n_steps·n²·C      Gram matrix, first logits, final head; then the steps
-        primal = n_steps·2·n·C·D
-
     Dual wins where n is small relative to D and there are a few steps to pay for the Gram matrix.
     """
-    # Both divided by n.
-    dual = n * n_features + 2 * n_way * n_features + n_steps * n * n_way
-    return "dual" if dual <= n_steps * 2 * n_way * n_features else "primal"
+    dual, primal = multiply_adds(n, n_features, n_way, n_steps)
+    return "dual" if dual <= primal else "primal"
 
 
 def fit_heads(

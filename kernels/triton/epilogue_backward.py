@@ -24,7 +24,7 @@ from torch import Tensor
 from ..contracts import Activation, ChannelNorm, Epilogue
 from .encoder_layers import DTYPES, Layer, encoder_layers
 from .launch import Launch, Work, observed
-from .partial_sums import sums_launch
+from .partial_sums import Sums, sums_launch
 
 
 @triton.jit
@@ -163,6 +163,7 @@ class Unwound(NamedTuple):
         shift: dL/dΦ_S2 [O].
         scale: dL/dΦ_S1 [O] from the saved output, None unless asked for.
         lost: uint8 [O], 1 where `scale` cannot be trusted.
+        sums: what `shift` is still to be added from, where that was left for later.
     """
 
     inner: Tensor
@@ -170,6 +171,7 @@ class Unwound(NamedTuple):
     shift: Tensor
     scale: Tensor | None
     lost: Tensor | None
+    sums: Sums | None
 
 
 class SavedOutput(NamedTuple):
@@ -197,8 +199,9 @@ def unwind(
     norm: ChannelNorm | None,
     dtype: torch.dtype,
     saved: SavedOutput | None = None,
+    later: bool = False,
 ) -> Unwound:
-    """Gradients of z, of the residual and of Φ from that of y, in two launches.
+    """Gradients of z, of the residual and of Φ from that of y, in two launches, or one.
 
     Args:
         grad: dL/dy [N, O, H'', W''], dense channels-last.
@@ -208,6 +211,7 @@ def unwind(
         norm: the stored norm that is folded into weight and shift, or None.
         dtype: of Φ and its gradients.
         saved: for the scale of a filter.
+        later: leave the partial sums to be added with the scale of a kernel, which `saved` is not for.
 
     Returns:
         `Unwound`, images in grad's dtype, channels-last.
@@ -227,18 +231,19 @@ def unwind(
     partial = torch.empty(rows, 1 if saved is None else 4, n_channels, device=grad.device)
     if rows:
         _unwind_launch(grad, codes, epilogue, size, saved, None if plain else inner, residual, partial).run()
-    sums_launch(
-        partial,
-        images=grad.dtype,
-        norm=norm,
-        shift_grad=shift,
-        scale=None if saved is None else saved.scale,
-        scale_grad=scale,
-        lost=lost,
-    ).run()
+    if not later:
+        sums_launch(
+            partial,
+            images=grad.dtype,
+            norm=norm,
+            shift_grad=shift,
+            scale=None if saved is None else saved.scale,
+            scale_grad=scale,
+            lost=lost,
+        ).run()
     if residual is None:
         residual = grad if epilogue.activation == "before_residual" else inner
-    return Unwound(inner, residual, shift, scale, lost)
+    return Unwound(inner, residual, shift, scale, lost, Sums(partial, shift) if later else None)
 
 
 def new_images(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..contracts import ChannelNorm
 from .encoder_layers import DTYPES, encoder_layers
 from .launch import Launch, Work, observed
-from .partial_sums import products_sum_launch
+from .partial_sums import Sums, contracted, products_sum_launch
 from .ss_conv_epilogue import precision
 
 
@@ -215,9 +216,16 @@ def image_config(n_out: int, dtype: torch.dtype) -> ProductConfig:
 
 
 def scale_gradient(
-    x: Tensor, grad: Tensor, taps: Tensor, *, padding: int, norm: ChannelNorm | None, dtype: torch.dtype
+    x: Tensor,
+    grad: Tensor,
+    taps: Tensor,
+    *,
+    padding: int,
+    norm: ChannelNorm | None,
+    dtype: torch.dtype,
+    sums: Sums | None = None,
 ) -> Tensor:
-    """dL/dΦ_S1 of a `kernel` scale.
+    """dL/dΦ_S1 of a `kernel` scale, and what is left of dL/dΦ_S2.
 
     Args:
         x: [N, I, H, W], dense channels-last.
@@ -226,34 +234,13 @@ def scale_gradient(
         padding: of the convolution.
         norm: the stored norm that is folded into its weight, or None.
         dtype: of Φ and its gradient.
+        sums: of `unwind`, which left them for the last launch here.
 
     Returns:
         [O, I].
     """
     out = torch.empty(taps.shape[0], taps.shape[3], dtype=dtype, device=x.device)
-    _run(x, grad, taps, padding, norm, None, out)
-    return out
-
-
-def contracted(
-    x: Tensor, grad: Tensor, taps: Tensor, *, padding: int, norm: ChannelNorm | None, dtype: torch.dtype
-) -> Tensor:
-    """As `scale_gradient`, from PyTorch's weight gradient: on the route `cudnn`, where its product is the faster one.
-
-    That gradient is in memory here, and rounded to x's dtype.
-    """
-    n_out, side, _, n_in = taps.shape
-    out = torch.empty(n_out, n_in, dtype=dtype, device=x.device)
-    partial = None
-    if grad.numel():
-        # Of the weight only its shape counts.
-        weight = taps.new_empty(taps.shape, dtype=x.dtype).permute(0, 3, 1, 2)
-        _, weight_grad, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
-        )
-        partial = torch.empty(side, side, n_out, n_in, device=x.device)
-        torch.mul(weight_grad.permute(2, 3, 0, 1), taps.permute(1, 2, 0, 3), out=partial)
-    products_sum_launch(partial, norm=norm, lost=None, out=out).run()
+    _run(x, grad, taps, padding, norm, None, out, sums)
     return out
 
 
@@ -271,7 +258,7 @@ def filter_products(
 
     The other arguments are those of `scale_gradient`. Which channels these are, only the device knows.
     """
-    _run(x, grad, taps, padding, norm, lost, scale_grad)
+    _run(x, grad, taps, padding, norm, lost, scale_grad, None)
 
 
 def _run(
@@ -282,12 +269,13 @@ def _run(
     norm: ChannelNorm | None,
     lost: Tensor | None,
     out: Tensor,
+    sums: Sums | None,
 ) -> None:
     partial = None
     if grad.numel():
         launch, partial = _product_launch(x, grad, taps, padding, lost)
         launch.run()
-    products_sum_launch(partial, norm=norm, lost=lost, out=out).run()
+    products_sum_launch(partial, norm=norm, lost=lost, out=out, sums=sums).run()
 
 
 def _shares(n_pixels: int, n_tiles: int, config: ProductConfig) -> tuple[int, int, int]:
@@ -382,8 +370,13 @@ def shipped() -> Iterator[tuple[str, Launch]]:
             norm = ChannelNorm(vector, vector, vector, vector)
             lost = vector.to(torch.uint8)
             padding = layer.n_taps // 2
+            # As the operators do for layers with Φ, which shortcuts are without.
+            sums = None if layer.n_taps == 1 else Sums(torch.empty(66, 1, layer.n_out, device="meta"), vector)
+            options: dict[str, Any] = {"padding": padding, "norm": norm, "dtype": torch.float32, "sums": sums}
             with observed() as launches:
-                scale_gradient(x, grad, taps, padding=padding, norm=norm, dtype=torch.float32)
+                scale_gradient(x, grad, taps, **options)
                 filter_products(x, grad, taps, padding=padding, norm=norm, lost=lost, scale_grad=vector)
-            for launch, granularity in zip(launches, ("kernel", "kernel", "filter", "filter"), strict=True):
-                yield f"{launch.name}/{layer.name} {granularity} {name}", launch
+                contracted(x, grad, taps, **options)
+            kinds = ("kernel", "kernel", "filter", "filter", "kernel cudnn")
+            for launch, kind in zip(launches, kinds, strict=True):
+                yield f"{launch.name}/{layer.name} {kind} {name}", launch

@@ -49,6 +49,12 @@ def require_evaluation_mode(encoder: Encoder) -> None:
         )
 
 
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """All rows of some tensors; those of the only one that has any are not copied."""
+    filled = [part for part in parts if len(part)]
+    return filled[0] if len(filled) == 1 else torch.cat(parts)
+
+
 Weights = tuple[EffectiveWeights | None, ...]
 
 
@@ -121,7 +127,7 @@ class Engine(ABC):
             outputs, statistics = self._as_memory_allows(
                 episodes[ranks.share(n_tasks)], n_tasks, drop_gradients
             )
-            losses, accuracies = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+            losses, accuracies = (_joined(parts) for parts in zip(*outputs, strict=True))
             output = StepOutput(ranks.spread(losses, n_tasks), ranks.spread(accuracies, n_tasks))
             running = self._in_task_order(statistics, n_tasks) if self.norm == "running" else Statistics()
             along += [*output, *(tensor for moments in running for tensor in moments)]
@@ -187,8 +193,9 @@ class Engine(ABC):
         """Losses and accuracies of the query logits, and the way back from their share of the step's mean loss."""
         loss = F.cross_entropy(logits.flatten(0, 1), part.query_labels.flatten(), reduction="none")
         task_loss = loss.view(part.n_tasks, -1).mean(dim=1)
-        total = task_loss.sum() / n_tasks
-        (total if self.loss_scale is None else total * self.loss_scale).backward()
+        # The mean over the step's tasks begins on the way back: its value is nobody's.
+        share = task_loss.new_full((), 1 / n_tasks) if self.loss_scale is None else self.loss_scale / n_tasks
+        task_loss.backward(share.to(task_loss.dtype).expand_as(task_loss))
         return StepOutput(task_loss.detach(), class_accuracy(logits.detach(), part.query_labels, part.n_way))
 
     @abstractmethod

@@ -15,6 +15,9 @@ from ..kernels.reference import base_learner as reference
 from ._library import LIBRARY
 
 MAX_ROWS, MAX_CLASSES = 128, 64
+# One call in the dual form beats many of PyTorch's in the primal one with up to so many times its multiply-adds: with
+# 3.5 times as many (one step, 25 rows of 640 features, 5 classes) it took 0.22 ms against 0.33.
+MOST_TIMES_PRIMAL = 4
 
 
 def define(name: str) -> None:
@@ -49,8 +52,10 @@ def runs_dual(support: Tensor, weight: Tensor, *, n_steps: int, form: str, by_st
         return False, f"{limits}, here {n} and {n_way}"
     if form == "primal":
         return False, "the primal form is asked for"
-    if form == "auto" and n_steps and reference.cheaper_form(n, n_features, n_way, n_steps) == "primal":
-        return False, f"{n_steps} steps on {n} rows of {n_features} features are cheaper in the primal form"
+    dual, primal = reference.multiply_adds(n, n_features, n_way, n_steps)
+    if form == "auto" and n_steps and dual > MOST_TIMES_PRIMAL * primal:
+        sizes = f"{n_steps} steps on {n} rows of {n_features} features"
+        return False, f"{sizes} take {dual / primal:.1f} times the multiply-adds of the primal form"
     return True, ""
 
 

@@ -279,7 +279,8 @@ def unwound(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of z, of the residual, of Φ_S1 ([O, I] or [O]; None unless needed) and of Φ_S2 [O]."""
     from ..kernels.triton.epilogue_backward import SavedOutput, unwind
-    from ..kernels.triton.scale_gradient import contracted, filter_products, scale_gradient
+    from ..kernels.triton.partial_sums import contracted
+    from ..kernels.triton.scale_gradient import filter_products, scale_gradient
 
     saved = None
     if needs_scale and layer.by_filter:
@@ -293,6 +294,7 @@ def unwound(
         norm=layer.norm,
         dtype=layer.dtype,
         saved=saved,
+        later=needs_scale and not layer.by_filter,
     )
     scale_grad = back.scale
     if needs_scale:
@@ -300,7 +302,7 @@ def unwound(
         operands: dict[str, Any] = {"padding": layer.padding, "norm": layer.norm}
         if back.scale is None or back.lost is None:
             product = contracted if layer.cudnn else scale_gradient
-            scale_grad = product(x, back.inner, layer.taps, **operands, dtype=layer.dtype)
+            scale_grad = product(x, back.inner, layer.taps, **operands, dtype=layer.dtype, sums=back.sums)
         else:
             filter_products(x, back.inner, layer.taps, **operands, lost=back.lost, scale_grad=back.scale)
     return back.inner, back.residual, scale_grad, back.shift

@@ -27,8 +27,9 @@ number of valid rows; a task without any keeps the initial head. ``n_steps=0`` g
 Half-precision inputs are computed in float32, also under autocast.
 
 Backends: `torch` runs everywhere, in either form. `native` runs the dual form on a CPU in float32, `triton` on a GPU,
-a whole batch of tasks in one launch (``form="auto"`` is always dual there), both with at most 128 support rows and 64
-classes a task; their gradients are closed forms, and those' own derivatives go through the reference.
+a whole batch of tasks in one call, both with at most 128 support rows and 64 classes a task. With ``form="auto"`` that
+is always so on a GPU, and on a CPU up to four times the primal form's multiply-adds. Their gradients are closed forms,
+and those' own derivatives go through the reference.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def base_learner(
         inner_lr: step size against the mean support loss, at least 0.
         n_steps: number of steps, at least 0.
         order: ``"first"`` or ``"second"``, see above.
-        form: ``"dual"``, ``"primal"``, or ``"auto"``: dual when it has no more multiply-adds a task, that is
-            n·D + 2·C·D + n_steps·n·C ≤ 2·n_steps·C·D (n small relative to D, and at least a few steps).
+        form: ``"dual"``, ``"primal"``, or ``"auto"``: what runs fastest. In `torch` that is dual when
+            it has no more multiply-adds a task, n·D + 2·C·D + n_steps·n·C ≤ 2·n_steps·C·D (n small relative to
+            D, and at least a few steps).
         support_mask: bool [T, n], False for a row that is only padding; None: all rows count.
         backend: ``"auto"`` or a backend's name.
 

@@ -18,7 +18,8 @@ def adam(
     groups: list[dict[str, Any]] = [{"params": head, "start_lr": meta.head_lr}]
     if moved:
         groups.insert(0, {"params": moved, "start_lr": meta.lr})
-    optimizer = torch.optim.Adam(groups)
+    # On a GPU a group's parameters are moved in one launch, which leaves all as it was where it is told to.
+    optimizer = torch.optim.Adam(groups, fused=True if head[0].device.type == "cuda" else None)
     keep_on_device(optimizer)
     return optimizer
 
@@ -31,6 +32,9 @@ def keep_on_device(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         device = group["params"][0].device
         group["capturable"] = device.type == "cuda"
+        # What was saved on a GPU goes on with a CPU's own step; what was saved unfused stays so, to the bit.
+        if not group["capturable"]:
+            group["fused"] = None
         rate = float(group["lr"])
         group["lr"] = torch.tensor(rate, device=device) if group["capturable"] else rate
         for p in group["params"]:
@@ -68,6 +72,8 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor, scale: Tensor
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if all(group.get("fused") for group in optimizer.param_groups):
+        return _fused_step(optimizer, parameters, finite, scale)
     finite = torch.stack([finite, *(gradient.isfinite().all() for gradient in gradients)]).all()
 
     def tensors() -> Iterator[Tensor]:
@@ -84,6 +90,27 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor, scale: Tensor
             old = before.get(id(tensor))  # None: the first step made it, from zeros
             tensor.copy_(torch.where(finite, tensor, 0 if old is None else old))
     return finite
+
+
+def _fused_step(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], finite: Tensor, scale: Tensor | None
+) -> Tensor:
+    """`guarded_step` of a fused optimiser, some launches whatever the number of parameters."""
+    for p in parameters:
+        # As the kernel requires; a dimension of one element may have any stride.
+        if p.grad is not None and p.grad.stride() != p.stride():
+            p.grad = torch.empty_like(p).copy_(p.grad)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    wrong = finite.logical_not().float()
+    inverse = torch.ones_like(wrong) if scale is None else scale.reciprocal()
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, wrong, inverse)
+    # Where `GradScaler` tells a fused optimiser not to step.
+    optimizer.found_inf = wrong  # type: ignore[attr-defined]  # of fused optimisers
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    return wrong == 0
 
 
 class LossScale:

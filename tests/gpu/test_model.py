@@ -18,8 +18,9 @@ if interpreted():
 
 from bench.gpu import report
 from bench.gpu.cards import CARDS, Card
-from bench.gpu.launches import Count
+from bench.gpu.launches import GRAPH, Count
 from bench.gpu.model import modelled, rate
+from mtl_fast.kernels.triton import epilogue_backward, episode_norm_backward
 from mtl_fast.kernels.triton.ahead import CHIPS
 from mtl_fast.kernels.triton.inspection import Inspection
 from mtl_fast.kernels.triton.launch import Work
@@ -42,7 +43,7 @@ def test_terms_are_those_of_the_equation() -> None:
     time = modelled(LAUNCH, FOUND, CARD)
     assert time.products == pytest.approx(2**30 / (100e12 * 750 / 989))
     assert time.memory == pytest.approx(2e6 / (1e12 * 3.0 / 3.35))
-    assert time.l2 == pytest.approx(101e6 / (6e12 / (132 * 1.755e9) * 8 * 1e9))
+    assert time.l2 == pytest.approx(101e6 / (6e12 / (132 * 1.83e9) * 8 * 1e9))
     # 1024 passes of 120 instructions by 4 warps, on 8 multiprocessors of 4 schedulers.
     assert time.issue == pytest.approx(1024 * 120 * 4 / (8 * 4 * 1e9))
     # 12 programs on 8 multiprocessors: the fullest has 2, the mean 1.5.
@@ -95,6 +96,29 @@ def test_there_is_a_card_for_every_chip() -> None:
     assert len({card.name for card in CARDS}) == len(CARDS)
 
 
+# Operations of a multiprocessor in a cycle, half types with float32 sums: the architectures' documents.
+HALF_PER_CYCLE = {"sm_80": 2048, "sm_86": 512, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_the_makers_figures_agree_with_each_other(card: Card) -> None:
+    per_second = HALF_PER_CYCLE[card.capability] * card.multiprocessors * card.clock
+    assert card.half == pytest.approx(per_second, rel=0.005)
+    # The documents round TF32 to three digits at most.
+    assert card.tf32 == pytest.approx(card.half / 2, rel=0.03)
+
+
+def test_a_captured_step_is_told_apart_and_parts_are_shown() -> None:
+    steps = {
+        "plain PyTorch": {32: Count(Counter(), Counter(mm=100))},
+        "ours": {32: Count(Counter(a=5), parts=Counter({"images": 2, "update": 3}))},
+        "ours, captured": {32: Count(Counter({GRAPH: 1}), Counter(copy_=5))},
+    }
+    (captured,) = (line for line in report.steps_table(steps).splitlines() if "captured" in line)
+    assert [cell.strip() for cell in captured.strip("|").split("|")][1:] == ["6", "1 + 5", "as recorded", "–"]
+    assert "| update |         3 |" in report.parts_table(steps)
+
+
 def test_the_page_says_what_was_modelled_and_shows_each_term(tmp_path: Path) -> None:
     made = report.rows({"planted/product": LAUNCH}, {"planted/product": FOUND}, CARD)
     steps = {
@@ -104,9 +128,10 @@ def test_the_page_says_what_was_modelled_and_shows_each_term(tmp_path: Path) -> 
     page = report.write(tmp_path, made, steps, CARD)
     text = page.read_text("utf-8")
     assert "**Times are modelled, none was measured**" in text
-    line = next(line for line in text.splitlines() if line.startswith("| planted/product"))
+    line = next(line for line in text.splitlines() if line.startswith("| product") and "HMMA.16816" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[1:7] == ["64", "0", "1024", "2", "HMMA.16816.F32.BF16", "120"]
+    assert cells[1:10] == ["12", "4", "64", "0", "1.0", "2", "12%", "HMMA.16816.F32.BF16", "120"]
+    assert cells[12] == f"{101e6 / 1024:.0f}"
     assert cells[-1] == "L2"
     assert len(cells) == len(report.COLUMNS)
     assert "20.0×" in next(line for line in text.splitlines() if line.startswith("| ours @ 32"))
@@ -114,3 +139,18 @@ def test_the_page_says_what_was_modelled_and_shows_each_term(tmp_path: Path) -> 
     assert stored["times"] == "modelled"
     assert stored["kernels"][0]["seconds"] == pytest.approx(modelled(LAUNCH, FOUND, CARD).seconds)
     assert stored["steps"]["ours"]["32"]["kernels"] == {"product": 3}
+
+
+def test_kernels_of_one_name_in_two_files_are_told_apart() -> None:
+    launches = {
+        name: launch
+        for module in (epilogue_backward, episode_norm_backward)
+        for name, launch in module.shipped()
+        if launch.name == "sums_kernel"
+    }
+    made = report.rows(launches, dict.fromkeys(launches, FOUND), CARD)
+    kernels = {row["kernel"] for row in made}
+    assert kernels == {"partial_sums.sums_kernel", "episode_norm_backward.sums_kernel"}
+    text = report.markdown(made, {"plain PyTorch": {32: Count(Counter(), Counter(mm=1))}}, CARD)
+    for kernel in kernels:
+        assert f"\n## {kernel}\n" in text

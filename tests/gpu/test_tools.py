@@ -76,7 +76,8 @@ def test_budgets_are_written_for_every_chip(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_report_is_written_for_each_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = Count(Counter(a=1), Counter(mm=2), 10**9)
-    monkeypatch.setattr(kernel_report, "ours", lambda: dict.fromkeys(kernel_report.SIZES, count))
+    ways = {"ours": dict.fromkeys(kernel_report.SIZES, count)}
+    monkeypatch.setattr(kernel_report.counting, "ours_elsewhere", lambda *_: ways)
     monkeypatch.setattr(kernel_report.counting, "plain", lambda widths, size: count)
     kernel_report.main(["--cards", "h100", "l4", "--output", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
@@ -85,4 +86,19 @@ def test_a_report_is_written_for_each_card(tmp_path: Path, monkeypatch: pytest.M
         "kernels-l4.json",
         "kernels-l4.md",
     ]
-    assert f"| {NAME} " in (tmp_path / "kernels-h100.md").read_text("utf-8")
+    for name, other in (("h100", "sm_89"), ("l4", "sm_90")):
+        # Each page has the code of its own chip.
+        page = (tmp_path / f"kernels-{name}.md").read_text("utf-8")
+        assert f"| {NAME.partition('/')[2]} " in page
+        assert other not in page + (tmp_path / f"kernels-{name}.json").read_text("utf-8")
+
+
+def test_launches_without_work_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = replace(planted.launch(), work=replace(planted.launch().work, flop=0))
+    monkeypatch.setattr(kernel_report, "shipped", lambda *_: {NAME: planted.launch(), "planted/idle": idle})
+    monkeypatch.setattr(kernel_report.counting, "plain", lambda *_: Count(Counter(), Counter(mm=2)))
+    monkeypatch.setattr(kernel_report.counting, "ours_elsewhere", lambda *_: {})
+    kernel_report.main(["--cards", "h100", "--output", str(tmp_path)])
+    page = (tmp_path / "kernels-h100.md").read_text("utf-8")
+    assert "| product " in page
+    assert "idle" not in page

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_fast.kernels.reference.base_learner import cheaper_form
+from mtl_fast.kernels.reference.base_learner import cheaper_form, multiply_adds
+from mtl_fast.ops._base_learner_operators import runs_dual
 from mtl_fast.ops.base_learner import base_learner, query_logits_by_step
 from tests.base_learner_cases import (
     NAMES,
@@ -212,12 +213,38 @@ def test_logits_by_step_are_those_of_that_many_steps(n_steps: int, masked: bool)
         (4, 4, 3, 2, "primal"),  # by hand: dual 16·4 + 2·48 + 2·48 = 256 > primal 2·96 = 192
     ],
 )
-def test_auto_takes_the_form_with_fewer_operations(n: int, d: int, c: int, n_steps: int, form: str) -> None:
+def test_auto_takes_the_form_with_fewer_operations_in_torch(
+    n: int, d: int, c: int, n_steps: int, form: str
+) -> None:
     assert cheaper_form(n, d, c, n_steps) == form
     p = make(Size(1, c, min(n, 40), 3, d, n_steps), dtype=torch.float32)
     taken = cheaper_form(min(n, 40), d, c, n_steps)
-    options: dict[str, Any] = {"inner_lr": 0.01, "n_steps": n_steps, "order": "first"}
+    options: dict[str, Any] = {"inner_lr": 0.01, "n_steps": n_steps, "order": "first", "backend": "torch"}
     assert torch.equal(fit(p, form="auto", **options), fit(p, form=taken, **options))
+
+
+@pytest.mark.parametrize(
+    ("n", "n_steps", "form", "fastest"),
+    [
+        (25, 1, "auto", True),
+        (25, 100, "auto", True),
+        (75, 1, "auto", False),
+        (75, 2, "auto", False),
+        (75, 5, "auto", True),
+        (75, 1, "dual", True),
+        (25, 1, "primal", False),
+    ],
+)
+def test_one_call_is_taken_unless_many_have_far_less_to_multiply(
+    n: int, n_steps: int, form: str, fastest: bool
+) -> None:
+    """One step need not know a Gram matrix; that of 25 rows costs less than the calls that it saves."""
+    support, weight = torch.empty(2, n, 640), torch.empty(5, 640)
+    taken, why = runs_dual(support, weight, n_steps=n_steps, form=form, by_step=False)
+    assert taken == fastest, why
+    if form == "auto" and not taken:
+        dual, primal = multiply_adds(n, 640, 5, n_steps)
+        assert f"{dual / primal:.1f} times the multiply-adds" in why
 
 
 def test_half_precision_is_computed_in_float32_also_under_autocast() -> None:

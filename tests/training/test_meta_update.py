@@ -57,10 +57,14 @@ def test_hard_updates_count_in_the_schedule_of_rates(pretrained: Path, tmp_path:
     assert rates == [[8e-3, 4e-3]] * 3 + [[4e-3, 2e-3]] * 3 + [[2e-3, 1.5e-3]] * 3 + [[1.5e-3, 1.5e-3]]
 
 
-def quadratic(seed: int) -> tuple[list[nn.Parameter], torch.optim.Adam]:
+# Fused as on a GPU; elsewhere it is a step between copies.
+FUSED = pytest.mark.parametrize("fused", [False, True], ids=["copied", "fused"])
+
+
+def quadratic(seed: int, fused: bool = False) -> tuple[list[nn.Parameter], torch.optim.Adam]:
     g = torch.Generator().manual_seed(seed)
     parameters = [nn.Parameter(torch.randn(shape, generator=g)) for shape in ((3, 5), (7,), ())]
-    return parameters, torch.optim.Adam(parameters, lr=0.01)
+    return parameters, torch.optim.Adam(parameters, lr=0.01, fused=fused)
 
 
 def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
@@ -77,8 +81,9 @@ def state_of(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -
     ]
 
 
-def test_the_guarded_step_is_adam_where_all_is_finite() -> None:
-    (guarded, g_adam), (plain, p_adam) = quadratic(0), quadratic(0)
+@FUSED
+def test_the_guarded_step_is_adam_where_all_is_finite(fused: bool) -> None:
+    (guarded, g_adam), (plain, p_adam) = quadratic(0, fused), quadratic(0, fused)
     for step in range(4):
         give_gradients(guarded, step)
         give_gradients(plain, step)
@@ -88,11 +93,14 @@ def test_the_guarded_step_is_adam_where_all_is_finite() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@FUSED
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("wrong", ["loss", "nan gradient", "inf gradient"])
-def test_the_guarded_step_leaves_all_as_it_was_where_something_is_not_finite(wrong: str, before: int) -> None:
+def test_the_guarded_step_leaves_all_as_it_was_where_something_is_not_finite(
+    wrong: str, before: int, fused: bool
+) -> None:
     """And the steps after it are those of a run that never had it."""
-    (guarded, g_adam), (plain, p_adam) = quadratic(1), quadratic(1)
+    (guarded, g_adam), (plain, p_adam) = quadratic(1, fused), quadratic(1, fused)
     for step in range(before):
         for parameters, adam in ((guarded, g_adam), (plain, p_adam)):
             give_gradients(parameters, step)
@@ -111,8 +119,9 @@ def test_the_guarded_step_leaves_all_as_it_was_where_something_is_not_finite(wro
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_parameters_without_a_gradient_are_no_matter() -> None:
-    parameters, adam = quadratic(2)
+@FUSED
+def test_parameters_without_a_gradient_are_no_matter(fused: bool) -> None:
+    parameters, adam = quadratic(2, fused)
     give_gradients(parameters, 0)
     parameters[2].grad = None
     before = parameters[2].detach().clone()
@@ -120,9 +129,10 @@ def test_parameters_without_a_gradient_are_no_matter() -> None:
     assert torch.equal(parameters[2], before)
 
 
-def test_gradients_of_a_scaled_loss_are_scaled_back() -> None:
+@FUSED
+def test_gradients_of_a_scaled_loss_are_scaled_back(fused: bool) -> None:
     """By a power of two, to the bit."""
-    (scaled, s_adam), (plain, p_adam) = quadratic(3), quadratic(3)
+    (scaled, s_adam), (plain, p_adam) = quadratic(3, fused), quadratic(3, fused)
     scale = torch.tensor(2.0**16)
     for step in range(3):
         give_gradients(scaled, step)
@@ -134,6 +144,17 @@ def test_gradients_of_a_scaled_loss_are_scaled_back() -> None:
         p_adam.step()
     pairs = zip(state_of(scaled, s_adam), state_of(plain, p_adam), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_fused_step_takes_gradients_of_any_strides() -> None:
+    """A kernel on images gives a scale's gradient the strides of channels-last, of one element in two dimensions."""
+    scale = nn.Parameter(torch.ones(4, 3, 1, 1))
+    adam = torch.optim.Adam([scale], lr=0.01, fused=True)
+    scale.grad = torch.ones(4, 3, 1, 1).as_strided((4, 3, 1, 1), (3, 1, 3, 3))
+    assert scale.grad.stride() != scale.stride()
+    assert bool(guarded_step(adam, torch.tensor(True)))
+    assert torch.allclose(scale, torch.full_like(scale, 0.99))
+    assert scale.grad.stride() == scale.stride()
 
 
 def test_the_scale_of_the_loss_follows_the_rule_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +193,10 @@ def test_on_a_cpu_rates_and_counters_stay_the_hosts() -> None:
     adam.step()
     before = state_of(parameters, adam)
     # As a state that was saved on a GPU would have them.
-    adam.param_groups[0] |= {"lr": torch.tensor(0.01), "capturable": True}
+    adam.param_groups[0] |= {"lr": torch.tensor(0.01), "capturable": True, "fused": True}
     keep_on_device(adam)
     (group,) = adam.param_groups
-    assert (type(group["lr"]), group["capturable"]) == (float, False)
+    assert (type(group["lr"]), group["capturable"], group["fused"]) == (float, False, None)
     assert group["lr"] == pytest.approx(0.01)
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(parameters, adam), strict=True))
 

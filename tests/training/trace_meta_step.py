@@ -37,11 +37,24 @@ CONVOLUTIONS = (
 DATA_DEPENDENT = ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
 
+# Kernels of a GPU that change their operands and return nothing; PyTorch has no fakes of them.
+IN_PLACE = ("_amp_foreach_non_finite_check_and_unscale_", "_fused_adam_.tensor_lr")
+
+
 def main(pretrained: str, stand_in: str) -> None:
     if stand_in:
         ctypes.CDLL(stand_in, mode=ctypes.RTLD_GLOBAL)
+    for name in IN_PLACE:
+        fake_nothing(name)
     for name, case in CASES.items():
         print(json.dumps({"case": name} | traced(Path(pretrained), **case)), flush=True)
+
+
+def fake_nothing(name: str) -> None:
+    """Says that an operator of PyTorch does nothing to fake tensors."""
+    import torch
+
+    torch.library.register_fake(f"aten::{name}", lambda *_, **__: None)
 
 
 def traced(
@@ -104,8 +117,9 @@ def traced(
         if schema is None:
             continue
         for argument, given in zip(schema.arguments, node.args, strict=False):
-            if argument.is_write and getattr(given, "op", "") == "get_attr":
-                written.add(buffers[0][given.target])
+            for one in (given if isinstance(given, list | tuple) else [given]) if argument.is_write else ():
+                if getattr(one, "op", "") == "get_attr":
+                    written.add(buffers[0][one.target])
     state = {
         **{f"encoder.{name}": p for name, p in run.encoder.named_parameters() if p.requires_grad},
         **{f"head.{name}": p for name, p in run.head.named_parameters()},

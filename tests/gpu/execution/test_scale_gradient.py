@@ -11,6 +11,7 @@ from torch.nn.grad import conv2d_weight
 from mtl_fast.kernels.contracts import ChannelNorm
 from mtl_fast.kernels.triton import scale_gradient as kernels
 from mtl_fast.kernels.triton.launch import Launch
+from mtl_fast.kernels.triton.partial_sums import Sums, contracted
 from mtl_fast.kernels.triton.scale_gradient import filter_products, scale_gradient
 from tests.conv_cases import Random
 from tests.gpu.conv_backward_cases import assert_within, images, poisoned
@@ -90,3 +91,27 @@ def check_both_granularities(chip: str, kind: str, size: tuple[int, ...]) -> lis
     assert_within(by_filter[chosen], expected.sum(1)[chosen], bound[chosen], "filter")
     assert torch.equal(by_filter[~chosen], kept[~chosen])
     return launches
+
+
+@by_chip
+@by_type
+@pytest.mark.parametrize("size", ["images", "prime"])
+def test_a_weight_gradient_contracted_while_the_shift_is_added(chip: str, kind: str, size: str) -> None:
+    n, n_in, n_out, height, width, k = SIZES[size]
+    random = Random(4)
+    x = images(random, n, n_in, height, width, dtype=TYPES[kind])
+    grad = images(random, n, n_out, height, width, dtype=TYPES[kind])
+    taps = poisoned(random.normal(n_out, k, k, n_in).float())
+    norm = ChannelNorm(None, poisoned(random.positive(n_out).float()))
+    sums = Sums(poisoned(random.normal(70, 1, n_out).float()), torch.empty(n_out))
+    # What PyTorch gives is the operand here, not what is looked at.
+    given = conv2d_weight(x, (n_out, n_in, k, k), grad, padding=k // 2).permute(0, 2, 3, 1)
+    with emulated(chip) as launches:
+        got = contracted(x, grad, taps, padding=k // 2, norm=norm, dtype=torch.float32, sums=sums)
+    assert len(launches) == 1
+    factor = 1 / (norm.var.double() + norm.eps).sqrt()
+    terms = given.double() * taps.double() * factor.view(-1, 1, 1, 1)
+    bound = EPS32 * (k * k + 8) ** 0.5 * terms.square().sum(dim=(1, 2)).sqrt()
+    assert_within(got, terms.sum(dim=(1, 2)), bound, "scale")
+    rows = sums.partial.double()[:, 0] * factor
+    assert_within(sums.out, rows.sum(0), EPS32 * 78**0.5 * rows.square().sum(0).sqrt(), "shift")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.grad import conv2d_weight
 
 from mtl_fast.kernels.contracts import ChannelNorm
 from mtl_fast.kernels.triton import scale_gradient as kernels
+from mtl_fast.kernels.triton.partial_sums import Sums, contracted
 from mtl_fast.kernels.triton.scale_gradient import filter_products, scale_gradient
 from tests.conv_cases import Random
 from tests.gpu.conv_backward_cases import assert_within, images, poisoned
@@ -48,6 +50,7 @@ class Case:
         var, gamma = random.positive(n_out).float(), random.normal(n_out).float()
         self.norm = ChannelNorm(None, poisoned(var), poisoned(gamma))
         ratio = (gamma.double() / (var.double() + 1e-5).sqrt())[:, None]
+        self.ratio = ratio[:, 0]
         products = [
             conv2d_weight(x, weight.shape, g, padding=padding) * w
             for x, g, w in (
@@ -63,9 +66,9 @@ class Case:
         """The sum of k²·pixels products in float32, each of the operands' values exactly."""
         return EPS32 * (self.n_terms + 8) ** 0.5 * self.natural
 
-    def by_kernel(self) -> Tensor:
-        return scale_gradient(
-            self.x, self.grad, self.taps, padding=self.padding, norm=self.norm, dtype=torch.float32
+    def by_kernel(self, sums: Sums | None = None, product: Callable[..., Tensor] = scale_gradient) -> Tensor:
+        return product(
+            self.x, self.grad, self.taps, padding=self.padding, norm=self.norm, dtype=torch.float32, sums=sums
         )
 
     def by_filter(self, lost: Tensor, scale_grad: Tensor) -> None:
@@ -85,6 +88,35 @@ class Case:
 def test_the_scale_of_a_kernel(dtype: torch.dtype, size: tuple[int, ...]) -> None:
     case = Case(size, dtype)
     assert_within(case.by_kernel(), case.expected, case.bound, "scale")
+
+
+@DTYPES
+@by_size
+def test_a_weight_gradient_contracted_with_the_taps(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    case = Case(size, dtype)
+    n_out, k, _, n_in = case.taps.shape
+    # What PyTorch gives is the operand here, not what is looked at.
+    given = conv2d_weight(case.x, (n_out, n_in, k, k), case.grad, padding=case.padding).permute(0, 2, 3, 1)
+    terms = given.double() * case.taps.double() * case.ratio.view(-1, 1, 1, 1)
+    # PyTorch may sum over the pixels in two orders.
+    bound = EPS32 * (k * k + 8) ** 0.5 * terms.square().sum(dim=(1, 2)).sqrt() + case.bound
+    assert_within(case.by_kernel(product=contracted), terms.sum(dim=(1, 2)), bound, "scale")
+
+
+@by_size
+@pytest.mark.parametrize("product", [scale_gradient, contracted])
+@pytest.mark.parametrize("n_programs", [0, 1, 70])
+def test_the_same_launch_adds_the_shift(
+    size: tuple[int, ...], product: Callable[..., Tensor], n_programs: int
+) -> None:
+    case = Case(size, torch.float32)
+    n_out = case.taps.shape[0]
+    partial = poisoned(Random(4).normal(n_programs, 1, n_out).float())
+    sums = Sums(partial, torch.full((n_out,), float("nan")))
+    assert torch.equal(case.by_kernel(sums, product), case.by_kernel(product=product))
+    terms = partial.double()[:, 0] * case.ratio
+    bound = EPS32 * (n_programs + 8) ** 0.5 * terms.square().sum(0).sqrt()
+    assert_within(sums.out, terms.sum(0), bound, "shift")
 
 
 @DTYPES
@@ -131,4 +163,5 @@ def test_any_cut_of_the_pixels(size: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_empty_batch_gives_zeros() -> None:
     case = Case(SIZES["prime"], torch.float32)
     case.x, case.grad = case.x[:0], case.grad[:0]
-    assert torch.equal(case.by_kernel(), torch.zeros(7, 5))
+    for product in (scale_gradient, contracted):
+        assert torch.equal(case.by_kernel(product=product), torch.zeros(7, 5))

@@ -115,9 +115,9 @@ def test_a_block_takes_few_launches() -> None:
         n_forward = len(names)
         out.sum().backward()
     assert n_forward == 4, names[:n_forward]
-    # Three unwound layers and the shortcut's sums, each with its totals; four products with theirs; three gradients of
+    # Three unwound layers and the shortcut's sums; four products, each with all totals of its layer; three gradients of
     # inputs, the shortcut's in the last.
-    assert len(names) - n_forward == 2 * 4 + 2 * 4 + 3, names[n_forward:]
+    assert len(names) - n_forward == 4 + 2 * 4 + 3, names[n_forward:]
 
 
 def test_a_compiled_block_is_the_eager_one() -> None:
