@@ -19,6 +19,7 @@ from bench.gpu.cards import CARDS
 from bench.gpu.launches import Count
 from mtl_fast.kernels.triton.inspection import Inspection, inspected
 from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
+from tools.gpu_proof import INSPECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS, SIZES = (64, 128, 256, 512), (84, 32)
@@ -35,12 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     steps = {"plain PyTorch": {size: counting.plain(WIDTHS, size) for size in SIZES}, "ours": ours()}
-    launches = shipped()
-    chosen = list(launches) if options.every_launch else configurations(launches)
-    groups = distinct({name: launches[name] for name in chosen})
     for card in (card for card in CARDS if card.name in options.cards):
+        launches = shipped(card.capability)
+        chosen = list(launches) if options.every_launch else configurations(launches)
+        groups = distinct({name: launches[name] for name in chosen})
         found: dict[str, Inspection] = {}
-        for name, inspection in inspected(list(groups), [card.capability]):
+        for name, inspection in inspected([(name, card.capability) for name in groups], kept=INSPECTIONS):
             found |= dict.fromkeys(groups[name], inspection)
         made = report.rows({name: launches[name] for name in chosen}, found, card)
         print(report.write(options.output, made, steps, card), flush=True)

@@ -1,0 +1,68 @@
+"""Where a launch runs, and which chip it is configured for; no GPU is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mtl_fast.kernels.triton.launch import BASE, Launch, chip_of, configured_for
+
+pytestmark = pytest.mark.proof
+
+
+class Kernel:
+    """Notes which device was the current one when it was launched."""
+
+    def __init__(self, current: list[torch.device]) -> None:
+        self.current = current
+        self.launched_on: list[torch.device] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(**_: Any) -> None:
+            self.launched_on += self.current
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """With `torch.cuda.device` that only notes what it was given."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        current.append(of)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return Kernel(current)
+
+
+def test_a_launch_runs_on_its_tensors_device(kernel: Kernel) -> None:
+    with FakeTensorMode():
+        second = torch.empty(3, device="cuda:1")
+    Launch(kernel, (1,), {"p_none": None, "n": 3, "p_x": second}, {}, 4, 1).run()
+    assert kernel.launched_on == [torch.device("cuda", 1)]
+    assert not kernel.current
+
+
+def test_a_launch_of_the_cpu_asks_for_no_device(kernel: Kernel) -> None:
+    Launch(kernel, (1,), {"p_x": torch.empty(3)}, {}, 4, 1).run()
+    assert kernel.launched_on == []
+
+
+def test_a_launch_is_configured_for_its_tensors_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Numbers that no machine has, for what is known of a device is remembered.
+    chips = {torch.device("cuda", 90): (8, 6), torch.device("cuda", 91): (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", chips.__getitem__)
+    assert [chip_of(device) for device in chips] == [86, 120]
+    assert chip_of(torch.device("meta")) == chip_of(torch.device("cpu")) == BASE
+    with configured_for(90):
+        assert [chip_of(device) for device in (*chips, torch.device("meta"))] == [90, 90, 90]
+    assert chip_of(torch.device("meta")) == BASE
