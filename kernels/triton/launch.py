@@ -21,6 +21,8 @@ _observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 # The chip of tensors that are on no GPU: its configurations are those of every chip that has none of its own.
 BASE = 80
+# Chips whose multiprocessors have 100 KB of shared memory for programs, not 164 or 228.
+SMALL_SHARED = (86, 89, 120)
 
 
 @contextmanager
@@ -88,6 +90,8 @@ class Launch:
         constants: `constexpr` arguments by name.
         num_warps, num_stages: of the launch configuration.
         work: what the model of its time starts from.
+        programs: how many a multiprocessor is to hold, as the second number of CUDA's launch bounds: the assembler
+            shares its registers out to so many. None leaves it to guess, from registers alone.
     """
 
     kernel: Any
@@ -97,6 +101,15 @@ class Launch:
     num_warps: int
     num_stages: int
     work: Work = field(default_factory=Work)
+    programs: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told beside the arguments."""
+        # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        bounds = {} if self.programs is None else {"ptx_options": f"--minnctapersm {self.programs}"}
+        return options | bounds
 
     @property
     def name(self) -> str:
@@ -117,14 +130,7 @@ class Launch:
         on_gpu = device is not None and device.type == "cuda"
         # Triton takes the current device, on which another GPU's tensors are not.
         with torch.cuda.device(device) if on_gpu else nullcontext():
-            # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
-            self.kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=True,
-            )
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 class observed:

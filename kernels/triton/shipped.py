@@ -53,7 +53,7 @@ def _described(launch: Launch) -> tuple[Any, ...]:
         (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
         for value in launch.arguments.values()
     ]
-    return launch.kernel, launch.grid, arguments, launch.constants, launch.num_warps, launch.num_stages
+    return launch.kernel, launch.grid, arguments, launch.constants, launch.options
 
 
 def named_launches(module: ModuleType) -> Iterator[tuple[str, Launch]]:
@@ -88,7 +88,7 @@ def configurations(launches: Mapping[str, Launch], *, by_switch: bool = True) ->
         constants = tuple((k, repr(v)) for k, v in launch.constants.items() if not re.match(sizes, k))
         tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
         width = min(t.element_size() for t in tensors if t.is_floating_point())
-        key = (launch.kernel, constants, width, launch.num_warps, launch.num_stages)
+        key = (launch.kernel, constants, width, _items(launch.options))
         alike.setdefault(key, []).append(name)
     return [max(names, key=lambda name: _n_operands(launches[name])) for names in alike.values()]
 
@@ -109,8 +109,7 @@ def compiled_as(launch: Launch) -> tuple[Any, ...]:
         _items(signature),
         _items(constants),
         tuple(attributes),
-        launch.num_warps,
-        launch.num_stages,
+        _items(launch.options),
     )
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Epilogue
-from .launch import Launch, Work, n_bytes
+from .launch import SMALL_SHARED, Launch, Work, chip_of, n_bytes
 from .ss_conv_epilogue import (
     activate,
     coded,
@@ -221,14 +221,23 @@ class Configuration:
     num_warps: int
     # As many steps under way as let an H100's multiprocessor hold two programs.
     num_stages: int
+    # Where small shared memory holds so few programs that registers are plenty, the assembler is told: left to guess it
+    # spares registers for programs that do not fit, and spills for it.
+    programs: int | None
 
 
 # Programs below which a chip of 108 or 132 multiprocessors does not fill up.
 FEW_PROGRAMS = 132
 SHARED = 113 * 1024
+# Shared memory of a multiprocessor that has little, without what the system reserves.
+SMALL = 99 * 1024
+# Warps whose threads can have all of the 255 registers that one may have.
+FREE_WARPS = 8
 
 
-def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int, *, heavy: bool = False) -> Configuration:
+def configuration(
+    n_rows: int, n_in: int, n_out: int, itemsize: int, chip: int, *, heavy: bool = False
+) -> Configuration:
     """By rows and channels of the product and bytes of an element; `heavy` is an epilogue of residual and pooling."""
     block_n, block_n2 = min(128, max(16, triton.next_power_of_2(n_out))), 0
     if n_out % 128 and n_out % 160 == 0:
@@ -241,8 +250,11 @@ def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int, *, heavy: b
     block_m = 64 if heavy else block_m
     num_warps = 8 if block_m * (block_n + block_n2) > 128 * 64 else 4
     block_k = chunk(n_in, itemsize)
-    num_stages = min(4, SHARED // ((block_m + block_n + block_n2) * block_k * itemsize))
-    return Configuration(block_m, block_n, block_n2, block_k, num_warps, num_stages)
+    step = (block_m + block_n + block_n2) * block_k * itemsize
+    num_stages = min(4, SHARED // step)
+    held = max(1, SMALL // (step * (num_stages - 1)))
+    programs = held if chip in SMALL_SHARED and held * num_warps <= FREE_WARPS else None
+    return Configuration(block_m, block_n, block_n2, block_k, num_warps, num_stages, programs)
 
 
 def chunk(n_in: int, itemsize: int) -> int:
@@ -292,7 +304,7 @@ def product(
     if other is not None and other_weight is not None:
         other, n_other, stride_other = dense(other), other.shape[1], other_weight.shape[3]
     heavy = epilogue.pool and residual is not None
-    c = configuration(n_rows, n_in, n_out, x.element_size(), heavy=heavy)
+    c = configuration(n_rows, n_in, n_out, x.element_size(), chip_of(x.device), heavy=heavy)
     block_other = chunk(n_other, x.element_size()) if n_other else 0
     programs = triton.cdiv(n_rows, c.block_m) * triton.cdiv(n_out, c.block_n + c.block_n2)
     depth = side * side * n_in + n_other
@@ -345,5 +357,6 @@ def product(
             l2_read=programs * (c.block_m + c.block_n + c.block_n2) * depth * x.element_size(),
             matrix=True,
         ),
+        programs=c.programs,
     ).run()
     return output, codes

@@ -38,6 +38,15 @@ def test_planted_spilling_configuration(chip: str) -> None:
     assert fault.startswith("spills: ")
 
 
+def test_planted_launch_bounds_beyond_the_registers() -> None:
+    """Sixteen programs of four warps leave a thread 32 registers: the assembler is told, and spills."""
+    launch = planted.launch()
+    assert inspect(replace(launch, programs=2), "sm_80").spilled == 0
+    found = inspect(replace(launch, programs=16), "sm_80")
+    assert found.registers <= 32
+    assert found.spilled > 0
+
+
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_planted_missing_tensor_core(chip: str) -> None:
     found = faults_of(
@@ -115,6 +124,7 @@ def test_what_compiles_differently_is_another_code() -> None:
     others = [
         replace(launch, num_warps=8),
         replace(launch, num_stages=2),
+        replace(launch, programs=2),
         planted.launch(block_k=16),
         planted.launch(dtype=torch.float16),
         planted.launch(k=520),

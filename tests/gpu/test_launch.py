@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtl_fast.kernels.triton.launch import BASE, Launch, chip_of, configured_for
+pytest.importorskip("triton")
+from mtl_fast.kernels.triton.launch import BASE, SMALL_SHARED, Launch, chip_of, configured_for
+from mtl_fast.kernels.triton.ss_conv_product import configuration
 
 pytestmark = pytest.mark.proof
 
@@ -66,3 +69,20 @@ def test_a_launch_is_configured_for_its_tensors_chip(monkeypatch: pytest.MonkeyP
     with configured_for(90):
         assert [chip_of(device) for device in (*chips, torch.device("meta"))] == [90, 90, 90]
     assert chip_of(torch.device("meta")) == BASE
+
+
+def test_the_assembler_is_told_how_many_programs_share_the_registers() -> None:
+    launch = Launch(Kernel([]), (1,), {"p_x": torch.empty(3)}, {}, 4, 2)
+    assert "ptx_options" not in launch.options
+    assert replace(launch, programs=2).options == launch.options | {"ptx_options": "--minnctapersm 2"}
+
+
+def test_small_shared_memory_leaves_registers_to_few_programs() -> None:
+    """128 rows and 160 columns of float32, 8 warps: one program fits beside what the chip has; two on an A100."""
+    (small,) = {configuration(20000, 160, 160, 4, chip) for chip in SMALL_SHARED}
+    (large,) = {configuration(20000, 160, 160, 4, chip) for chip in (80, 90, 100)}
+    assert replace(small, programs=None) == large
+    assert (small.programs, small.num_warps) == (1, 8)
+    # Two programs of four warps, and three of which no thread could have all registers that it wants.
+    held = [configuration(20000, n_in, 64, 2, 86) for n_in in (160, 16)]
+    assert [(c.programs, c.num_warps) for c in held] == [(2, 4), (None, 4)]
