@@ -21,8 +21,6 @@ _observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
 # The chip of tensors that are on no GPU: its configurations are those of every chip that has none of its own.
 BASE = 80
-# Chips whose multiprocessors have 100 KB of shared memory for programs, not 164 or 228.
-SMALL_SHARED = (86, 89, 120)
 
 
 @contextmanager

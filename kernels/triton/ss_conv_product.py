@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Epilogue
-from .launch import SMALL_SHARED, Launch, Work, chip_of, n_bytes
+from .launch import Launch, Work, chip_of, n_bytes
 from .ss_conv_epilogue import (
     activate,
     coded,
@@ -221,8 +221,8 @@ class Configuration:
     num_warps: int
     # As many steps under way as let an H100's multiprocessor hold two programs.
     num_stages: int
-    # Where small shared memory holds so few programs that registers are plenty, the assembler is told: left to guess it
-    # spares registers for programs that do not fit, and spills for it.
+    # Told to the assembler where small shared memory holds so few that registers are plenty: left to guess, it spares
+    # registers for programs that do not fit, and spills for it.
     programs: int | None
 
 
@@ -231,6 +231,8 @@ FEW_PROGRAMS = 132
 SHARED = 113 * 1024
 # Shared memory of a multiprocessor that has little, without what the system reserves.
 SMALL = 99 * 1024
+# Warps of programs that spill unless the assembler is told how many fit; told so of others it takes all registers.
+TOLD = {86: 8, 89: 8, 120: 4}
 # Warps whose threads can have all of the 255 registers that one may have.
 FREE_WARPS = 8
 
@@ -253,7 +255,7 @@ def configuration(
     step = (block_m + block_n + block_n2) * block_k * itemsize
     num_stages = min(4, SHARED // step)
     held = max(1, SMALL // (step * (num_stages - 1)))
-    programs = held if chip in SMALL_SHARED and held * num_warps <= FREE_WARPS else None
+    programs = held if TOLD.get(chip) == num_warps and held * num_warps <= FREE_WARPS else None
     return Configuration(block_m, block_n, block_n2, block_k, num_warps, num_stages, programs)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from mtl_fast.kernels.triton.launch import BASE, SMALL_SHARED, Launch, chip_of, configured_for
+from mtl_fast.kernels.triton.launch import BASE, Launch, chip_of, configured_for
 from mtl_fast.kernels.triton.ss_conv_product import configuration
 
 pytestmark = pytest.mark.proof
@@ -77,12 +77,17 @@ def test_the_assembler_is_told_how_many_programs_share_the_registers() -> None:
     assert replace(launch, programs=2).options == launch.options | {"ptx_options": "--minnctapersm 2"}
 
 
-def test_small_shared_memory_leaves_registers_to_few_programs() -> None:
-    """128 rows and 160 columns of float32, 8 warps: one program fits beside what the chip has; two on an A100."""
-    (small,) = {configuration(20000, 160, 160, 4, chip) for chip in SMALL_SHARED}
-    (large,) = {configuration(20000, 160, 160, 4, chip) for chip in (80, 90, 100)}
-    assert replace(small, programs=None) == large
-    assert (small.programs, small.num_warps) == (1, 8)
-    # Two programs of four warps, and three of which no thread could have all registers that it wants.
-    held = [configuration(20000, n_in, 64, 2, 86) for n_in in (160, 16)]
-    assert [(c.programs, c.num_warps) for c in held] == [(2, 4), (None, 4)]
+@pytest.mark.parametrize(
+    ("told", "n_in", "itemsize", "programs", "warps"),
+    [((86, 89), 160, 4, 1, 8), ((120,), 64, 2, 1, 4), ((120,), 160, 2, 2, 4), ((), 16, 2, None, 4)],
+)
+def test_small_shared_memory_leaves_registers_to_few_programs(
+    told: tuple[int, ...], n_in: int, itemsize: int, programs: int | None, warps: int
+) -> None:
+    """Steps of 36, 24 and 12 KB leave room for one program or two, those of 6 KB for more than registers would."""
+    n_out = 160 if warps == 8 else 64
+    by_chip = {chip: configuration(20000, n_in, n_out, itemsize, chip) for chip in (80, 86, 89, 90, 100, 120)}
+    assert {chip for chip, c in by_chip.items() if c.programs is not None} == set(told)
+    assert {c.programs for chip, c in by_chip.items() if chip in told} <= {programs}
+    assert {c.num_warps for c in by_chip.values()} == {warps}
+    assert len({replace(c, programs=None) for c in by_chip.values()}) == 1
