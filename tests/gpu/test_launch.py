@@ -78,15 +78,25 @@ def test_the_assembler_is_told_how_many_programs_share_the_registers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "n_in", "itemsize", "programs", "warps"),
-    [((86, 89), 160, 4, 1, 8), ((120,), 64, 2, 1, 4), ((120,), 160, 2, 2, 4), ((), 16, 2, None, 4)],
+    ("told", "n_in", "itemsize", "side", "programs", "warps"),
+    [
+        ((86, 89), 160, 4, 3, 1, 8),
+        ((), 160, 4, 1, None, 8),
+        ((), 160, 2, 3, None, 8),
+        ((120,), 64, 2, 3, 1, 4),
+        ((120,), 160, 2, 1, 2, 4),
+        ((), 16, 2, 3, None, 4),
+    ],
 )
 def test_small_shared_memory_leaves_registers_to_few_programs(
-    told: tuple[int, ...], n_in: int, itemsize: int, programs: int | None, warps: int
+    told: tuple[int, ...], n_in: int, itemsize: int, side: int, programs: int | None, warps: int
 ) -> None:
-    """Steps of 36, 24 and 12 KB leave room for one program or two, those of 6 KB for more than registers would."""
+    """Steps of 36, 24 and 12 KB leave room for one program or two, those of 6 KB for as many as registers do."""
     n_out = 160 if warps == 8 else 64
-    by_chip = {chip: configuration(20000, n_in, n_out, itemsize, chip) for chip in (80, 86, 89, 90, 100, 120)}
+    by_chip = {
+        chip: configuration(20000, n_in, n_out, itemsize, chip, side=side)
+        for chip in (80, 86, 89, 90, 100, 120)
+    }
     assert {chip for chip, c in by_chip.items() if c.programs is not None} == set(told)
     assert {c.programs for chip, c in by_chip.items() if chip in told} <= {programs}
     assert {c.num_warps for c in by_chip.values()} == {warps}
