@@ -103,7 +103,8 @@ def kernels(device: torch.device) -> Section:
         if same_chip
         else "p20 / p50 / p80",
     )
-    launches = shipped()
+    # A chip without configurations of its own has the base's.
+    launches = shipped(same_chip[0].capability) if same_chip else shipped()
     for name in configurations(launches):
         launch = materialised(launches[name], device)
         limit = (

@@ -26,6 +26,8 @@ from tests.gpu import budgets
 ROOT = Path(__file__).resolve().parents[1]
 # In the user's cache folder: a fresh checkout of the same sources is not compiled again either.
 PASSED = user_cache("gpu-proof")
+# What was read off each code, so that only what changed is compiled again, for whichever gate asks first.
+INSPECTIONS = user_cache("inspections")
 # What the proof depends on, beside versions and options.
 SOURCES = (
     ("kernels", "*.py"),
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if everything passes, else 1; each fault is a line."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_proof", description=__doc__)
     parser.add_argument("--tests", nargs="*", default=[], help="tests to run with this Triton as well")
+    parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--every-launch", action="store_true", help="all that compiles differently: an hour")
     options = parser.parse_args(arguments)
     installed = f"Triton {version('triton')}"
@@ -47,18 +50,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu-proof: {installed}: {passed.read_text('utf-8').strip()} (nothing changed since)")
         return 0
     start = time.monotonic()
-    launches, stored = shipped(), budgets.read()
-    chosen = configurations(launches)
-    names = list(distinct(launches)) if options.every_launch else chosen
+    launches, stored = {chip: shipped(chip) for chip in options.chips}, budgets.read()
+    chosen = {chip: configurations(launches[chip]) for chip in options.chips}
+    jobs = [
+        (name, chip)
+        for chip in options.chips
+        for name in (distinct(launches[chip]) if options.every_launch else chosen[chip])
+    ]
     wrong = []
-    for name, found in inspected(names, CHIPS):
-        longest = budgets.longest_loop(stored, name, found.chip) if name in chosen else found.loop
-        for fault in faults(launches[name], found, longest):
+    for name, found in inspected(jobs, kept=INSPECTIONS):
+        longest = budgets.longest_loop(stored, name, found.chip) if name in chosen[found.chip] else found.loop
+        for fault in faults(launches[found.chip][name], found, longest):
             wrong.append(f"{name} for {found.chip}: {fault}")
             print(f"gpu-proof: {installed}: {wrong[-1]}", flush=True)
     summary = (
-        f"{len(names)} of {len(launches)} shipped launches compiled for {', '.join(CHIPS)}; "
-        f"{len(wrong)} faults"
+        f"{len(jobs)} of {sum(map(len, launches.values()))} shipped launches compiled for "
+        f"{', '.join(options.chips)}; {len(wrong)} faults"
     )
     print(f"gpu-proof: {installed}: {summary} ({time.monotonic() - start:.0f} s)", flush=True)
     if options.tests:

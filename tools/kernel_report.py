@@ -14,7 +14,9 @@ from bench.gpu import launches as counting
 from bench.gpu import report
 from bench.gpu.cards import CARDS
 from mtl_fast.kernels.triton.inspection import Inspection, inspected
+from mtl_fast.kernels.triton.launch import Launch
 from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
+from tools.gpu_proof import INSPECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS, SIZES = (64, 128, 256, 512), (84, 32)
@@ -40,24 +42,32 @@ def main(arguments: list[str] | None = None) -> None:
     steps = {"plain PyTorch": {size: counting.plain(WIDTHS, size) for size in SIZES}}
     steps |= counting.ours_elsewhere(WIDTHS, SIZES)
     say("describing what is shipped")
-    # Products for lost channels alone have nothing to do as a rule: there is no time to model.
-    launches = {
-        name: launch for name, launch in shipped().items() if launch.work.flop or not launch.work.matrix
-    }
-    chosen = list(launches) if options.every_launch else configurations(launches)
-    groups = distinct({name: launches[name] for name in chosen})
     cards = [card for card in CARDS if card.name in options.cards]
-    say(f"compiling {len(groups)} launches for {', '.join(card.title for card in cards)}")
-    # One pool of workers for all cards, whose compiler keeps what it made: a second run only reads.
-    results = inspected(list(groups), [card.capability for card in cards])
+    launches = {card: _modelled(card.capability, every=options.every_launch) for card in cards}
+    groups = {card: distinct(launches[card]) for card in cards}
+    jobs = [(name, card.capability) for card in cards for name in groups[card]]
+    say(f"compiling {len(jobs)} launches for {', '.join(card.title for card in cards)}")
+    # One pool of workers for all cards; what was read off a code is kept: a second run only reads.
+    results = inspected(jobs, kept=INSPECTIONS)
     for card in cards:
         found: dict[str, Inspection] = {}
-        for i, (name, inspection) in enumerate(islice(results, len(groups)), 1):
-            found |= dict.fromkeys(groups[name], inspection)
+        for i, (name, inspection) in enumerate(islice(results, len(groups[card])), 1):
+            found |= dict.fromkeys(groups[card][name], inspection)
             if i % PROGRESS == 0:
-                say(f"{card.name}: {i} of {len(groups)}")
-        made = report.rows({name: launches[name] for name in chosen}, found, card)
+                say(f"{card.name}: {i} of {len(groups[card])}")
+        made = report.rows(launches[card], found, card)
         say(report.write(options.output, made, steps, card))
+
+
+def _modelled(capability: str, *, every: bool) -> dict[str, Launch]:
+    """What is shipped for a chip, of each configuration one launch or `every` one."""
+    # Products for lost channels alone have nothing to do as a rule: there is no time to model.
+    launches = {
+        name: launch
+        for name, launch in shipped(capability).items()
+        if launch.work.flop or not launch.work.matrix
+    }
+    return launches if every else {name: launches[name] for name in configurations(launches)}
 
 
 if __name__ == "__main__":

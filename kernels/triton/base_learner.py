@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .base_learner_config import CASES, PRECISION, fit_config
-from .launch import Arguments, Launch, Work, in_blocks, n_bytes, observed
+from .launch import BASE, Arguments, Launch, Work, chip_of, in_blocks, n_bytes, observed
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def outputs(
     """
     n_tasks, n_rows, n_features = support.shape
     n_way = weight.shape[-2]
-    config = fit_config(n_rows, n_way)
+    config = fit_config(n_rows, n_way, BASE)
     n_kept = n_tasks if second_order else 0
     wide: dict[str, Any] = {"dtype": torch.float32, "device": support.device}
     logits = torch.promote_types(weight.dtype if query is None else query.dtype, weight.dtype)
@@ -274,7 +274,7 @@ def _launch(
     logits, head_weight, head_bias, kernel, trajectory = made
     n_tasks, n_rows, n_features = support.shape
     n_way, n_query = weight.shape[-2], logits.shape[1]
-    config = fit_config(n_rows, n_way)
+    config = fit_config(n_rows, n_way, chip_of(support.device))
     block_n, block_c = config.block_n, config.block_c
     if config.is_streamed and not second_order:
         kernel = head_bias.new_empty(n_tasks, block_n, block_n)

@@ -24,7 +24,7 @@ from torch import Tensor
 from .base_learner import fit, valid_rows
 from .base_learner_config import CASES, PRECISION, FitConfig, fit_config, piece_config
 from .base_learner_loop_backward import loop_launch
-from .launch import Arguments, Launch, Work, in_blocks, n_bytes, observed
+from .launch import Arguments, Launch, Work, chip_of, in_blocks, n_bytes, observed
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def fit_backward(
     if wants_support and not second_order:
         d_support.zero_()
     if n_tasks:
-        config = fit_config(n_rows, weight.shape[-2])
+        config = fit_config(n_rows, weight.shape[-2], chip_of(support.device))
         d_first = d_weight, d_bias
         _head_launch(
             config, (d_logits, d_head_weight, d_head_bias), query, head_weight, d_query, *d_first

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.metadata import version
 from multiprocessing import get_context
+from pathlib import Path
 
-from . import machine_code
+from . import ahead, machine_code
 from .ahead import CHIPS, Chip, compile_launch
 from .launch import Launch
-from .shipped import shipped
+from .shipped import compiled_as, shipped
 
 # Reserved by the system of each program's shared memory since compute capability 8.0 (CUDA programming guide).
 RESERVED_SHARED = 1024
@@ -125,27 +130,65 @@ def faults(launch: Launch, found: Inspection, longest_loop: int | None) -> list[
 
 
 def inspected(
-    names: Sequence[str], chips: Iterable[str], workers: int | None = None
+    jobs: Sequence[tuple[str, str]], workers: int | None = None, kept: Path | None = None
 ) -> Iterator[tuple[str, Inspection]]:
-    """Inspects shipped launches, by name, for each chip, in as many processes as there are cores.
+    """Inspects shipped launches in as many processes as there are cores, in the order of the jobs.
+
+    Args:
+        jobs: (name, chip): the launch of that name that is shipped for the chip.
+        workers: processes.
+        kept: as in `kept_or_inspected`.
 
     Raises:
         RuntimeError: a launch that does not compile; the message names it and the chip.
     """
-    jobs = [(name, chip) for chip in chips for name in names]
     # Not forked from this process, whose threads a copy would lack.
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from zip((name for name, _ in jobs), pool.map(_inspected, jobs, chunksize=4), strict=True)
+        found = pool.map(partial(_inspected, kept), jobs, chunksize=4)
+        yield from zip((name for name, _ in jobs), found, strict=True)
 
 
-_launches: dict[str, Launch] = {}  # of a worker
-
-
-def _inspected(job: tuple[str, str]) -> Inspection:
+def _inspected(kept: Path | None, job: tuple[str, str]) -> Inspection:
     name, chip = job
-    if not _launches:
-        _launches.update(shipped())
     try:
-        return inspect(_launches[name], chip)
+        return kept_or_inspected(_shipped_for(chip)[name], chip, kept)
     except Exception as error:
         raise RuntimeError(f"{name} does not compile for {chip}: {type(error).__name__}: {error}") from error
+
+
+_shipped_for = cache(shipped)  # of a worker
+
+
+def kept_or_inspected(launch: Launch, chip: str, kept: Path | None) -> Inspection:
+    """What was read off the same code before, or what `inspect` finds, which is then kept.
+
+    Args:
+        launch: what to inspect.
+        chip: its name.
+        kept: folder of a file for each code, by `digest`; None keeps nothing.
+    """
+    if kept is None:
+        return inspect(launch, chip)
+    path = kept / f"{digest(launch, chip)}.json"
+    if path.exists():
+        return Inspection(**json.loads(path.read_text("utf-8")))
+    found = inspect(launch, chip)
+    kept.mkdir(parents=True, exist_ok=True)
+    # Two processes may write it at once, each the same.
+    own = path.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    own.replace(path)
+    return found
+
+
+def digest(launch: Launch, chip: str) -> str:
+    """Of all that an inspection depends on: the kernel's source and what it calls, options, chip, Triton, and readers."""
+    key = version("triton"), launch.kernel.cache_key, compiled_as(launch)[1:], chip, _readers()
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+
+
+@cache
+def _readers() -> str:
+    """Of the sources that compile and read."""
+    texts = (Path(str(file)).read_bytes() for file in (__file__, ahead.__file__, machine_code.__file__))
+    return hashlib.sha256(b"".join(texts)).hexdigest()

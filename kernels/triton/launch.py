@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Run-time arguments by name: tensors (any device, meta too), None, numbers.
@@ -14,6 +17,39 @@ Arguments = dict[str, Tensor | float | None]
 
 # Who wants to see launches instead of having them run: (launch) -> None.
 _observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", default=None)
+# The chip that somebody wants launches for, instead of their tensors' device.
+_target: ContextVar[int | None] = ContextVar("target", default=None)
+# The chip of tensors that are on no GPU: its configurations are those of every chip that has none of its own.
+BASE = 80
+
+
+@contextmanager
+def configured_for(capability: int) -> Iterator[None]:
+    """Within it, launches are configured for this compute capability (80 is 8.0), whatever device their tensors are on.
+
+    >>> with configured_for(120):
+    ...     chip_of(torch.device("meta"))
+    120
+    """
+    token = _target.set(capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def chip_of(device: torch.device) -> int:
+    """The compute capability that launches of tensors on the device are configured for: 80 is 8.0."""
+    target = _target.get()
+    if target is not None:
+        return target
+    return _capability(device) if device.type == "cuda" else BASE
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -57,6 +93,8 @@ class Launch:
         constants: `constexpr` arguments by name.
         num_warps, num_stages: of the launch configuration.
         work: what the model of its time starts from.
+        programs: how many a multiprocessor is to hold, as the second number of CUDA's launch bounds: the assembler
+            shares its registers out to so many. None leaves it to guess, from registers alone.
     """
 
     kernel: Any
@@ -66,6 +104,15 @@ class Launch:
     num_warps: int
     num_stages: int
     work: Work = field(default_factory=Work)
+    programs: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told beside the arguments."""
+        # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        bounds = {} if self.programs is None else {"ptx_options": f"--minnctapersm {self.programs}"}
+        return options | bounds
 
     @property
     def name(self) -> str:
@@ -81,15 +128,12 @@ class Launch:
             observer(self)
 
     def start(self) -> None:
-        """Launches the kernel on the current stream, whoever observes."""
-        # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=True,
-        )
+        """Launches the kernel on the current stream of its tensors' device, whoever observes."""
+        device = next((t.device for t in self.arguments.values() if isinstance(t, Tensor)), None)
+        on_gpu = device is not None and device.type == "cuda"
+        # Triton takes the current device, on which another GPU's tensors are not.
+        with torch.cuda.device(device) if on_gpu else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 class observed:

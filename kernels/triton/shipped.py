@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from .ahead import specialised
-from .launch import Launch
+from .ahead import CHIPS, specialised
+from .launch import BASE, Launch, configured_for
 
 
 def kernel_files() -> list[ModuleType]:
@@ -28,18 +28,22 @@ def kernel_files() -> list[ModuleType]:
     ]
 
 
-def shipped() -> dict[str, Launch]:
+def shipped(chip: str = f"sm_{BASE}") -> dict[str, Launch]:
     """Launches on meta tensors by readable name, the kernel file's first; what layers share is there once.
+
+    Args:
+        chip: one of `CHIPS`, whose configurations they have.
 
     Raises:
         ValueError: a name that two launches have which are not the same.
     """
     found: dict[str, Launch] = {}
-    for module in kernel_files():
-        for name, launch in named_launches(module):
-            if name in found and _described(found[name]) != _described(launch):
-                raise ValueError(f"two launches of {module.__name__} are shipped as {name!r}")
-            found.setdefault(name, launch)
+    with configured_for(CHIPS[chip].capability):
+        for module in kernel_files():
+            for name, launch in named_launches(module):
+                if name in found and _described(found[name]) != _described(launch):
+                    raise ValueError(f"two launches of {module.__name__} are shipped as {name!r}")
+                found.setdefault(name, launch)
     return found
 
 
@@ -49,7 +53,7 @@ def _described(launch: Launch) -> tuple[Any, ...]:
         (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
         for value in launch.arguments.values()
     ]
-    return launch.kernel, launch.grid, arguments, launch.constants, launch.num_warps, launch.num_stages
+    return launch.kernel, launch.grid, arguments, launch.constants, launch.options
 
 
 def named_launches(module: ModuleType) -> Iterator[tuple[str, Launch]]:
@@ -63,7 +67,7 @@ def distinct(launches: Mapping[str, Launch]) -> dict[str, list[str]]:
     """The names of those that compile to different code, each with the names of all that share its code."""
     alike: dict[Any, list[str]] = {}
     for name, launch in launches.items():
-        alike.setdefault(_compiled_as(launch), []).append(name)
+        alike.setdefault(compiled_as(launch), []).append(name)
     return {names[0]: names for names in alike.values()}
 
 
@@ -84,7 +88,7 @@ def configurations(launches: Mapping[str, Launch], *, by_switch: bool = True) ->
         constants = tuple((k, repr(v)) for k, v in launch.constants.items() if not re.match(sizes, k))
         tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
         width = min(t.element_size() for t in tensors if t.is_floating_point())
-        key = (launch.kernel, constants, width, launch.num_warps, launch.num_stages)
+        key = (launch.kernel, constants, width, _items(launch.options))
         alike.setdefault(key, []).append(name)
     return [max(names, key=lambda name: _n_operands(launches[name])) for names in alike.values()]
 
@@ -97,18 +101,17 @@ def _n_operands(launch: Launch) -> int:
     return sum(isinstance(value, Tensor) for value in launch.arguments.values())
 
 
-def _compiled_as(launch: Launch) -> tuple[Any, ...]:
-    """What the compiler is given."""
+def compiled_as(launch: Launch) -> tuple[Any, ...]:
+    """What the compiler is given: the kernel, and the rest as plain data."""
     signature, constants, attributes = specialised(launch)
     return (
         launch.kernel,
         _items(signature),
         _items(constants),
         tuple(attributes),
-        launch.num_warps,
-        launch.num_stages,
+        _items(launch.options),
     )
 
 
-def _items(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _items(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((name, repr(value)) for name, value in values.items())

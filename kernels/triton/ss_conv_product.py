@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contracts import Epilogue
-from .launch import Launch, Work, in_blocks, n_bytes
+from .launch import Launch, Work, chip_of, in_blocks, n_bytes
 from .ss_conv_epilogue import (
     activate,
     coded,
@@ -218,15 +218,30 @@ class Configuration:
     num_warps: int
     # As many steps under way as let an H100's multiprocessor hold two programs.
     num_stages: int
+    # Told to the assembler where small shared memory holds so few that registers are plenty: left to guess, it spares
+    # registers for programs that do not fit, and spills for it.
+    programs: int | None
 
 
 # Programs below which a chip of 108 or 132 multiprocessors does not fill up.
 FEW_PROGRAMS = 132
 SHARED = 113 * 1024
+# Shared memory of a multiprocessor that has little, without what the system reserves.
+SMALL = 99 * 1024
+# Warps of programs that spill unless the assembler is told how many fit. Told so of all, it takes 255 registers for some
+# of 8 warps and spills the rest: it is told of steps of a whole line of the cache under nine taps.
+TOLD = {86: 8, 89: 8, 120: 4}
+# Warps whose threads can have all of the 255 registers that one may have.
+FREE_WARPS = 8
 
 
-def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int, *, heavy: bool = False) -> Configuration:
-    """By rows and channels of the product and bytes of an element; `heavy` is an epilogue of residual and pooling."""
+def configuration(
+    n_rows: int, n_in: int, n_out: int, itemsize: int, chip: int, *, side: int, heavy: bool = False
+) -> Configuration:
+    """By rows and channels of the product and bytes of an element, chip and side of the filters.
+
+    `heavy` is an epilogue of residual and pooling.
+    """
     block_n, block_n2 = min(128, max(16, triton.next_power_of_2(n_out))), 0
     if n_out % 128 and n_out % 160 == 0:
         block_n2 = 32
@@ -238,8 +253,13 @@ def configuration(n_rows: int, n_in: int, n_out: int, itemsize: int, *, heavy: b
     block_m = 64 if heavy else block_m
     num_warps = 8 if block_m * (block_n + block_n2) > 128 * 64 else 4
     block_k = chunk(n_in, itemsize)
-    num_stages = min(4, SHARED // ((block_m + block_n + block_n2) * block_k * itemsize))
-    return Configuration(block_m, block_n, block_n2, block_k, num_warps, num_stages)
+    step = (block_m + block_n + block_n2) * block_k * itemsize
+    num_stages = min(4, SHARED // step)
+    held = max(1, SMALL // (step * (num_stages - 1)))
+    long = num_warps == 4 or (side == 3 and block_k * itemsize == 128)
+    told = long and TOLD.get(chip) == num_warps and held * num_warps <= FREE_WARPS
+    programs = held if told else None
+    return Configuration(block_m, block_n, block_n2, block_k, num_warps, num_stages, programs)
 
 
 def chunk(n_in: int, itemsize: int) -> int:
@@ -289,7 +309,7 @@ def product(
     if other is not None and other_weight is not None:
         other, n_other, stride_other = dense(other), other.shape[1], other_weight.shape[3]
     heavy = epilogue.pool and residual is not None
-    c = configuration(n_rows, n_in, n_out, x.element_size(), heavy=heavy)
+    c = configuration(n_rows, n_in, n_out, x.element_size(), chip_of(x.device), side=side, heavy=heavy)
     block_other = chunk(n_other, x.element_size()) if n_other else 0
     programs = triton.cdiv(n_rows, c.block_m) * triton.cdiv(n_out, c.block_n + c.block_n2)
     depth = side * side * n_in + n_other
@@ -345,5 +365,6 @@ def product(
             matrix=True,
             padded=2 * programs * c.block_m * (c.block_n + c.block_n2) * padded_depth,
         ),
+        programs=c.programs,
     ).run()
     return output, codes

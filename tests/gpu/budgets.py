@@ -6,14 +6,15 @@ A change that makes a loop longer has to store the new length (`make kernel-budg
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from mtl_fast.kernels.triton.ahead import CHIPS
 
 FILE = Path(__file__).with_name("budgets.json")
-# Triton's version → name of a launch → instructions for each of `CHIPS`, in their order; None where none is stored.
+# Triton's version → name of a launch → instructions for each of `CHIPS`, in their order; None for a chip on which another
+# launch stands for its configuration (`configurations`).
 Budgets = dict[str, dict[str, list[int | None]]]
 
 
@@ -28,19 +29,21 @@ def longest_loop(budgets: Budgets, name: str, chip: str) -> int | None:
     return None if lengths is None else lengths[list(CHIPS).index(chip)]
 
 
-def write(lengths: Mapping[str, Mapping[str, int]], path: Path = FILE) -> None:
-    """Stores those of the installed Triton, name → chip → instructions.
+def write(lengths: Mapping[str, Mapping[str, int]], chips: Collection[str], path: Path = FILE) -> None:
+    """Stores those of the installed Triton for some chips, name → chip → instructions; other chips keep theirs.
 
-    Of these launches, chips that are not given keep what was stored; other launches are dropped.
+    A chip whose launch has another's configuration under another name has None there.
     """
     stored = read(path)
     before = stored.get(version("triton"), {})
-    stored[version("triton")] = {
+    after = {
         name: [
-            by.get(chip, old) for chip, old in zip(CHIPS, before.get(name, [None] * len(CHIPS)), strict=True)
+            lengths.get(name, {}).get(chip) if chip in chips else old
+            for chip, old in zip(CHIPS, before.get(name, [None] * len(CHIPS)), strict=True)
         ]
-        for name, by in lengths.items()
+        for name in before.keys() | lengths.keys()
     }
+    stored[version("triton")] = {name: row for name, row in after.items() if row != [None] * len(CHIPS)}
     parts = []
     for name in sorted(stored):
         lines = (f"    {json.dumps(key)}: {json.dumps(stored[name][key])}" for key in sorted(stored[name]))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mtl_fast.kernels.triton import interpreted
+from mtl_fast.kernels.triton import inspection, interpreted
 from mtl_fast.kernels.triton.ahead import CHIPS
-from mtl_fast.kernels.triton.inspection import Inspection, faults, inspect, resident
+from mtl_fast.kernels.triton.inspection import Inspection, faults, inspect, kept_or_inspected, resident
 
 pytest.importorskip("triton")
 from mtl_fast.kernels.triton import ss_conv
@@ -42,6 +43,15 @@ def test_planted_spilling_configuration(chip: str) -> None:
     )
     (fault,) = faults(wide, inspect(wide, chip), 10_000)
     assert fault.startswith("spills: ")
+
+
+def test_planted_launch_bounds_beyond_the_registers() -> None:
+    """Sixteen programs of four warps leave a thread 32 registers: the assembler is told, and spills."""
+    launch = planted.launch()
+    assert inspect(replace(launch, programs=2), "sm_80").spilled == 0
+    found = inspect(replace(launch, programs=16), "sm_80")
+    assert found.registers <= 32
+    assert found.spilled > 0
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
@@ -104,3 +114,28 @@ def test_what_was_inspected_is_plain_data() -> None:
     assert found.matrix.startswith("HGMMA.64x64x16")
     # One pass is one step of BLOCK_K.
     assert found.loop_flop == 2 * 64 * 64 * 32
+
+
+def test_a_code_is_inspected_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = planted.launch()
+    found = kept_or_inspected(launch, "sm_80", tmp_path)
+    assert found == inspect(launch, "sm_80")
+    monkeypatch.setattr(inspection, "inspect", lambda *_: pytest.fail("compiled again"))
+    assert kept_or_inspected(launch, "sm_80", tmp_path) == found
+    # Another size of the grid is the same code.
+    assert kept_or_inspected(replace(launch, grid=(7,)), "sm_80", tmp_path) == found
+
+
+def test_what_compiles_differently_is_another_code() -> None:
+    launch = planted.launch()
+    others = [
+        replace(launch, num_warps=8),
+        replace(launch, num_stages=2),
+        replace(launch, programs=2),
+        planted.launch(block_k=16),
+        planted.launch(dtype=torch.float16),
+        planted.launch(k=520),
+    ]
+    digests = {inspection.digest(launch, chip) for chip in CHIPS}
+    digests |= {inspection.digest(other, "sm_80") for other in others}
+    assert len(digests) == len(CHIPS) + len(others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,19 +27,20 @@ FOUND = Inspection("", 64, 0, 1024, 4, 2, "", 300, 120, 2**20, True, False, Fals
 NAME = "planted/product"
 
 
-def inspected(names: Sequence[str], chips: Iterable[str], **changed: int) -> Iterator[tuple[str, Inspection]]:
+def inspected(
+    jobs: Sequence[tuple[str, str]], kept: Path | None = None, **changed: int
+) -> Iterator[tuple[str, Inspection]]:
     """As the real one, with an instruction that every chip takes for its own."""
-    for chip in chips:
+    for name, chip in jobs:
         matrix = CHIPS[chip].matrix.replace(r"\w*", "H")
-        for name in names:
-            yield name, replace(FOUND, chip=chip, matrix=matrix, **changed)
+        yield name, replace(FOUND, chip=chip, matrix=matrix, **changed)
 
 
 @pytest.fixture(autouse=True)
 def one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted product is all that is shipped; its main loop may be as long as it is."""
     for tool in (gpu_proof, kernel_report, kernel_budgets):
-        monkeypatch.setattr(tool, "shipped", lambda: {NAME: planted.launch()})
+        monkeypatch.setattr(tool, "shipped", lambda chip: {NAME: planted.launch()})
         monkeypatch.setattr(tool, "inspected", inspected)
     monkeypatch.setattr(gpu_proof, "PASSED", tmp_path / "passed")
     monkeypatch.setattr(gpu_proof.budgets, "longest_loop", lambda *_: FOUND.loop)
@@ -47,8 +48,8 @@ def one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_proof_is_given_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_proof.main([]) == 0
-    assert f"1 of 1 shipped launches compiled for {', '.join(CHIPS)}; 0 faults" in capsys.readouterr().out
-    monkeypatch.setattr(gpu_proof, "inspected", lambda *_: pytest.fail("compiled again"))
+    assert f"6 of 6 shipped launches compiled for {', '.join(CHIPS)}; 0 faults" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_proof, "inspected", lambda *_, **__: pytest.fail("compiled again"))
     assert gpu_proof.main([]) == 0
     assert "(nothing changed since)" in capsys.readouterr().out
     # Other sources, or other things to run, are another proof.
@@ -58,7 +59,7 @@ def test_a_proof_is_given_once(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_planted_fault_fails_the_proof_each_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_proof, "inspected", lambda names, chips: inspected(names, chips, spilled=8))
+    monkeypatch.setattr(gpu_proof, "inspected", lambda jobs, kept: inspected(jobs, spilled=8))
     for _ in range(2):
         assert gpu_proof.main([]) == 1
         out = capsys.readouterr().out
@@ -69,7 +70,7 @@ def test_planted_fault_fails_the_proof_each_time(
 def test_budgets_are_written_for_every_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "budgets.json"
     write = budgets.write
-    monkeypatch.setattr(kernel_budgets.budgets, "write", lambda lengths: write(lengths, path))
+    monkeypatch.setattr(kernel_budgets.budgets, "write", lambda lengths, chips: write(lengths, chips, path))
     kernel_budgets.main([])
     assert list(budgets.read(path).values()) == [{NAME: [FOUND.loop] * len(CHIPS)}]
 

@@ -53,6 +53,15 @@ def problem(size: Size, dtype: torch.dtype) -> Problem:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("size", "kind"), CASES.values(), ids=CASES)
 def test_values_and_gradients(chip: str, kind: str, order: str, size: Size) -> None:
+    check(chip, chip, kind, order, size)
+
+
+def test_the_configuration_of_sm_120() -> None:
+    """Its stages are others: executed as sm_80's code."""
+    check("sm_80", "sm_120", "fp32", "first", SIZES["one row more than a block"])
+
+
+def check(chip: str, configured: str, kind: str, order: str, size: Size) -> None:
     p, second = problem(size, DTYPES[kind]), order == "second"
     exact = p.to(torch.float64).with_graph()
     expected = plain(exact, inner_lr=LR, n_steps=size.n_steps, order=order)
@@ -61,7 +70,7 @@ def test_values_and_gradients(chip: str, kind: str, order: str, size: Size) -> N
     gradients: list[Tensor] = list(
         torch.autograd.grad(expected, exact.leaves, d_logits.double(), allow_unused=True)
     )
-    with emulated(chip) as launches:
+    with emulated(chip, configured) as launches:
         logits, head, _, kernel, trajectory = fit(
             p.support, p.labels, p.query, p.weight, p.bias, p.mask, LR, size.n_steps, second
         )

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from mtl_fast.kernels.triton.ahead import compile_launch, specialised
-from mtl_fast.kernels.triton.launch import Launch, observed
+from mtl_fast.kernels.triton.ahead import CHIPS, compile_launch, specialised
+from mtl_fast.kernels.triton.launch import Launch, configured_for, observed
 
 # The files of instructions name what they know when they are imported.
 from . import arithmetic, conversions, transfers, warpgroups, warps  # noqa: F401
@@ -115,8 +115,13 @@ class _Empties(TorchDispatchMode):
 
 
 @contextmanager
-def emulated(chip: str) -> Iterator[list[Launch]]:
-    """Within it, launches are executed here. What `torch.empty` makes counts as never written, launch after launch."""
+def emulated(chip: str, configured: str | None = None) -> Iterator[list[Launch]]:
+    """Within it, launches are executed here. What `torch.empty` makes counts as never written, launch after launch.
+
+    Args:
+        chip: ``sm_80`` or ``sm_90``, whose PTX is executed.
+        configured: the chip whose launch configurations are taken, by default the same.
+    """
     empties = _Empties()
 
     def execute(launch: Launch) -> None:
@@ -124,5 +129,5 @@ def emulated(chip: str) -> Iterator[list[Launch]]:
         with _disable_current_modes():
             _run(launch, chip, empties.written, None)
 
-    with empties, observed(execute) as launches:
+    with configured_for(CHIPS[configured or chip].capability), empties, observed(execute) as launches:
         yield launches
