@@ -324,7 +324,8 @@ def _launch(
         read=n_bytes(support, labels, query, weight, bias, mask),
         written=n_bytes(logits, head_weight, head_bias, *(made[3:] if second_order else ())),
     )
-    return Launch(fit_kernel, (n_tasks,), arguments, constants, config.num_warps, config.num_stages, work)
+    launch = fit_kernel, (n_tasks,), arguments, constants, config.num_warps, config.num_stages, work
+    return Launch(*launch, None if second_order else config.programs)
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:

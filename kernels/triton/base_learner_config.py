@@ -25,6 +25,7 @@ class FitConfig:
         is_streamed: H [block_n, block_n] does not fit into registers beside the logits and R.
         num_warps: so few that a step waits little for its neighbours, so many that registers suffice.
         num_stages: features on their way while others are multiplied; many rows leave registers for fewer.
+        programs: that registers are shared out to where no step is kept; None leaves it to the assembler.
     """
 
     block_n: int
@@ -35,6 +36,7 @@ class FitConfig:
     is_streamed: bool
     num_warps: int
     num_stages: int
+    programs: int | None
 
 
 def fit_config(n_rows: int, n_way: int, chip: int) -> FitConfig:
@@ -52,6 +54,8 @@ def fit_config(n_rows: int, n_way: int, chip: int) -> FitConfig:
         is_streamed=is_streamed,
         num_warps=16 if block_n * block_c > 4096 else 8 if block_n * block_c > 256 else 4,
         num_stages=deepest if block_n <= 32 else 1 if block_n * block_c > 4096 else 2,
+        # Of 64 rows at once sm_120's assembler spills at three programs, for which 80 registers are left a thread.
+        programs=2 if chip == 120 and block_n == 64 and not is_streamed else None,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 FENCE = "WARPGROUP.ARRIVE"
 _PRODUCT = re.compile(r"HGMMA\.(\d+)x(\d+)x\d+\.\S+ R(\d+), (?:R(\d+), )?gdesc")
 _WRITE = re.compile(r"(\S+) (?:U?P(?:\d+|T), )*R(\d+)\b")
-_NO_WRITE = re.compile(r"ST|RED|BRA|BAR|EXIT|HGMMA|WARP")
+_NO_WRITE = re.compile(r"ST|RED|BRA|BAR|EXIT|WARP|[A-Z]+SETP")
 # Registers of a target by the instruction's suffix; all others write one.
 _WIDTHS = {"64": 2, "128": 4, "WIDE": 2}
 
@@ -22,13 +22,19 @@ def late_writes(instructions: Sequence[str]) -> list[str]:
 
     Args:
         instructions: without their predicates, as `machine_code.instructions_and_loops` gives them.
+
+    Raises:
+        ValueError: a product that is written in another way.
     """
     late: list[str] = []
     since: dict[int, str] = {}
     for instruction in instructions:
         if instruction.startswith(FENCE):
             since.clear()
-        elif product := _PRODUCT.match(instruction):
+        elif instruction.startswith("HGMMA"):
+            product = _PRODUCT.match(instruction)
+            if product is None:
+                raise ValueError(f"not a product of known form: {instruction}")
             rows, columns, first, left = (int(n) if n else None for n in product.groups())
             # 128 threads share the accumulator; a first operand of 32 bytes a row is four registers.
             given = set(range(first, first + rows * columns // 128))
