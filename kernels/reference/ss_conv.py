@@ -13,7 +13,18 @@ from .effective_weights import effective_weights, unfolded
 def convolve(x: Tensor, filters: FrozenFilters, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv2d with the geometry of `filters`; weights computed in another dtype are rounded to x's once, here."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, weight, bias, filters.stride, filters.padding, filters.dilation, filters.groups)
+    return conv2d(x, weight, bias, filters, filters.groups)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, filters: FrozenFilters, groups: int) -> Tensor:
+    """PyTorch's, with the geometry of `filters` but so many groups."""
+    stride = (filters.stride,) * 2 if isinstance(filters.stride, int) else filters.stride
+    # oneDNN in torch 2.13 writes past the end in the weight gradient of such 1×1 kernels with a stride, channels-last on
+    # AVX2: crashes. They meet every stride-th pixel only, so these are taken first.
+    broken = x.device.type == "cpu" and any(n % 8 for n in weight.shape[:2])
+    if broken and weight.shape[2:] == (1, 1) and filters.padding in (0, (0, 0)) and max(stride) > 1:
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, bias, stride, filters.padding, filters.dilation, groups)
 
 
 def activate(x: Tensor, slope: float) -> Tensor:

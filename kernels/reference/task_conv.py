@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contracts import BlockOutput, ChannelNorm, ConvOperands, Epilogue
-from .ss_conv import apply_epilogue
+from .ss_conv import apply_epilogue, conv2d
 
 
 def _side_by_side(x: Tensor, n_tasks: int) -> Tensor:
@@ -45,7 +45,7 @@ def task_conv(
     n_tasks = f.weight.shape[0]
     bias = None if f.bias is None else f.bias.flatten()
     weight = f.weight.flatten(0, 1)
-    z = F.conv2d(_side_by_side(x, n_tasks), weight, bias, f.stride, f.padding, f.dilation, f.groups * n_tasks)
+    z = conv2d(_side_by_side(x, n_tasks), weight, bias, f, f.groups * n_tasks)
     statistics: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
     if conv.norm is not None:
         size = len(z) * z.shape[2] * z.shape[3]

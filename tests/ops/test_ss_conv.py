@@ -77,6 +77,26 @@ def test_geometry_is_that_of_conv2d(granularity: str, geometry: dict[str, Any]) 
     assert not torch.equal(ss_conv(x, replace(conv, scale=None)), ss_conv(x, conv))
 
 
+@pytest.mark.parametrize("stride", [2, (1, 3)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(4, 6), (6, 7), (8, 16)])
+def test_gradients_of_one_by_one_kernels_with_a_stride(
+    stride: int | tuple[int, int], n_in: int, n_out: int
+) -> None:
+    # Channels-last, where the weight gradient of torch 2.13 itself crashes on AVX2.
+    random = Random(6)
+    x = random.normal(4, n_in, 9, 16).float().contiguous(memory_format=torch.channels_last)
+    weight = random.normal(n_out, n_in, 1, 1).float().contiguous(memory_format=torch.channels_last)
+    tensors_ = [t.requires_grad_() for t in (x, weight, random.normal(n_out).float())]
+    y = ss_conv(x, ConvOperands(FrozenFilters(weight, tensors_[2], stride=stride)), backend="torch")
+    exact = [t.detach().double().contiguous().requires_grad_() for t in tensors_]
+    expected = F.conv2d(*exact, stride=stride)
+    cotangent = random.normal(*y.shape)
+    got = [y, *torch.autograd.grad(y, tensors_, cotangent.float())]
+    want = [expected, *torch.autograd.grad(expected, exact, cotangent)]
+    for value, right in zip(got, want, strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("has", ["neither", "scale", "shift"])
 def test_what_is_absent_counts_as_identity(bias: bool, has: str) -> None:
