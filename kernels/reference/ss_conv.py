@@ -19,11 +19,13 @@ def convolve(x: Tensor, filters: FrozenFilters, weight: Tensor, bias: Tensor | N
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, filters: FrozenFilters, groups: int) -> Tensor:
     """PyTorch's, with the geometry of `filters` but so many groups."""
     stride = (filters.stride,) * 2 if isinstance(filters.stride, int) else filters.stride
-    # oneDNN in torch 2.13 writes past the end in the weight gradient of such 1×1 kernels with a stride, channels-last on
-    # AVX2: crashes. They meet every stride-th pixel only, so these are taken first.
-    broken = x.device.type == "cpu" and any(n % 8 for n in weight.shape[:2])
+    # oneDNN in torch 2.13 writes past the end in the weight gradient of 1×1 kernels with a stride on fewer than eight
+    # channels, channels-last on AVX2: crashes. They meet every stride-th pixel only, so these are taken first.
+    broken = x.device.type == "cpu" and weight.shape[1] < 8
     if broken and weight.shape[2:] == (1, 1) and filters.padding in (0, (0, 0)) and max(stride) > 1:
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        x, stride = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=layout), (1, 1)
     return F.conv2d(x, weight, bias, stride, filters.padding, filters.dilation, groups)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl_fast.nn import ChannelNorm2d, Conv4, Encoder, ResNet12, ResNet25, ScaleShiftConv2d
@@ -28,7 +29,16 @@ class Layer(nn.Module):
         self.norm = nn.Identity() if eps is None else nn.BatchNorm2d(n_out, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        conv = self.conv
+        if conv.kernel_size == (1, 1) and conv.in_channels < 8:
+            # PyTorch's own with a stride crashes in backward on some CPUs, and another form has other bits.
+            height, width = conv.stride
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            picked = x[:, :, ::height, ::width].contiguous(
+                memory_format=torch.channels_last if last else torch.contiguous_format
+            )
+            return self.norm(F.conv2d(picked, conv.weight, conv.bias))
+        return self.norm(conv(x))
 
 
 class CommonBlock(nn.Module):

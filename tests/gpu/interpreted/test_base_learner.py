@@ -163,7 +163,7 @@ def test_reading_in_pieces_changes_rounding_only(monkeypatch: pytest.MonkeyPatch
     usual = base_learner_config.fit_config
     for module in (kernels, base_learner_backward):
         monkeypatch.setattr(
-            module, "fit_config", lambda n, c: replace(usual(n, c), is_streamed=True, block_k=16)
+            module, "fit_config", lambda *size: replace(usual(*size), is_streamed=True, block_k=16)
         )
     pieces = fit(p, **options_of(size))
     for a, e in zip([pieces, *gradients(pieces, p)], expected, strict=True):
