@@ -21,7 +21,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, filters: FrozenFilter
     stride = (filters.stride,) * 2 if isinstance(filters.stride, int) else filters.stride
     # oneDNN in torch 2.13 writes past the end in the weight gradient of 1×1 kernels with a stride on fewer than eight
     # channels, channels-last on AVX2: crashes. They meet every stride-th pixel only, so these are taken first.
-    broken = x.device.type == "cpu" and weight.shape[1] < 8
+    has_gradient = weight.requires_grad and torch.is_grad_enabled()
+    broken = has_gradient and x.device.type == "cpu" and weight.shape[1] < 8
     if broken and weight.shape[2:] == (1, 1) and filters.padding in (0, (0, 0)) and max(stride) > 1:
         last = x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format

@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
-        if conv.kernel_size == (1, 1) and conv.in_channels < 8:
+        if conv.kernel_size == (1, 1) and conv.in_channels < 8 and torch.is_grad_enabled():
             # PyTorch's own with a stride crashes in backward on some CPUs, and another form has other bits.
             height, width = conv.stride
             last = x.is_contiguous(memory_format=torch.channels_last)
