@@ -107,16 +107,13 @@ def best_cell(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
 def run_cells(pool: ProcessPoolExecutor, study: Study, wanted: Sequence[Wanted], what: str) -> list[Cell]:
     """Makes, or reads where finished, every run of the cells, in their order; `what` stands at the bar."""
     shared = _Shared(study)
-    outcomes = {(want, seed): shared.find(want, seed) for want in wanted for seed in want.seeds}
-    jobs = [job for job, outcome in outcomes.items() if outcome is None]
-    done = pool.map(_run, itertools.repeat(study), *zip(*jobs, strict=True)) if jobs else iter(())
-    for job, outcome in zip(jobs, tqdm(done, desc=what, total=len(jobs), unit="run"), strict=True):
+    jobs = [(want, seed) for want in wanted for seed in want.seeds]
+    outcomes = {job: outcome for job in jobs if (outcome := shared.find(*job)) is not None}
+    missing = [job for job in jobs if job not in outcomes]
+    done = pool.map(_run, itertools.repeat(study), *zip(*missing, strict=True)) if missing else iter(())
+    for job, outcome in zip(missing, tqdm(done, desc=what, total=len(missing), unit="run"), strict=True):
         outcomes[job] = shared.add(*job, outcome)
-    cells = []
-    for want in wanted:
-        found = {seed: outcomes[want, seed] for seed in want.seeds}
-        cells.append(_cell(want, {seed: outcome for seed, outcome in found.items() if outcome is not None}))
-    return cells
+    return [_cell(want, {seed: outcomes[want, seed] for seed in want.seeds}) for want in wanted]
 
 
 def finished_cells(study: Study, wanted: Sequence[Wanted]) -> list[Cell]:
