@@ -221,14 +221,14 @@ def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[di
     a, b = torch.rand(size, size), torch.rand(size, size)
     product = Contender("matrix product", lambda: {"c": a @ b})
     everyone = [*contenders, product]
-    once = {c.name: _sample(c, 1) for c in everyone}
-    calls = {name: max(1, math.ceil(settings.shortest_sample / seconds)) for name, seconds in once.items()}
-    # Where one call is sample enough for everybody, that was a round.
-    whole = all(n == 1 for n in calls.values())
-    times: dict[str, list[float]] = {c.name: [once[c.name] / c.share] if whole else [] for c in everyone}
     collecting = gc.isenabled()
     gc.disable()
     try:
+        once = {c.name: _sample(c, 1) for c in everyone}
+        calls = {name: max(1, math.ceil(settings.shortest_sample / t)) for name, t in once.items()}
+        # Where one call is sample enough for everybody, that was a round.
+        whole = all(n == 1 for n in calls.values())
+        times: dict[str, list[float]] = {c.name: [once[c.name] / c.share] if whole else [] for c in everyone}
         for r in range(int(whole), settings.rounds):
             first = r % len(everyone)
             for c in everyone[first:] + everyone[:first]:
