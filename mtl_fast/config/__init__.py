@@ -1,6 +1,6 @@
 """Every setting of a run, and the named recipes."""
 
-from .recipes import DATA, GLYPHS, GLYPHS_MAML, PRESETS, RECIPES, preset
+from .recipes import DATA, GLYPHS, GLYPHS_MAML, GLYPHS_MAML_DEEP, PRESETS, RECIPES, preset
 from .settings import (
     Config,
     DataConfig,
@@ -18,6 +18,7 @@ __all__ = [
     "DATA",
     "GLYPHS",
     "GLYPHS_MAML",
+    "GLYPHS_MAML_DEEP",
     "PRESETS",
     "RECIPES",
     "Config",

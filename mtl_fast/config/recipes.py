@@ -170,6 +170,13 @@ GLYPHS_MAML = replace(
     meta=replace(MAML.meta, n_tasks=7_200, validation_tasks=300, validate_every=720),
 )
 
+# On the pre-trained network, where all rows see the same number of tasks.
+GLYPHS_MAML_DEEP = replace(
+    GLYPHS_MAML,
+    encoder=GLYPHS.encoder,
+    meta=replace(GLYPHS_MAML.meta, n_tasks=GLYPHS.meta.n_tasks, validate_every=GLYPHS.meta.validate_every),
+)
+
 # The recipes of MTL and of its baseline: what they are, in a line, and their settings for images as they are on disk.
 RECIPES: dict[str, tuple[str, Config]] = {
     "paper": ("the paper's method: frozen norms, second order, hard tasks; the default", PAPER),
@@ -199,6 +206,7 @@ PRESETS: dict[str, Config] = {
     "glyphs": GLYPHS,
     "glyphs-quick": GLYPHS_QUICK,
     "glyphs-maml": GLYPHS_MAML,
+    "glyphs-maml-deep": GLYPHS_MAML_DEEP,
 }
 
 

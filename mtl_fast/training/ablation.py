@@ -44,7 +44,8 @@ def ablation(
     Args:
         output: folder of the runs, one a seed; those of `results` with the same settings are read too.
         publish_to: folder of the summary.
-        recipe: preset of the rows that adapt the head; those of MAML take ``glyphs-maml``, or ``maml`` and ``maml-deep``.
+        recipe: preset of the rows that adapt the head; those of MAML take ``maml`` and ``maml-deep``, on Glyphs
+            ``glyphs-maml`` and ``glyphs-maml-deep``.
         data: images, where they are not the preset's.
         rows: keys; empty: all.
         shots, seeds, whole_network_shots, whole_network_seeds: as in `Scope`.
@@ -96,8 +97,10 @@ def _study(recipe: str, data: DataConfig | None, output: Path, test_tasks: int, 
     if data is not None:
         config = replace(config, data=data)
     if recipe.startswith("glyphs"):
-        return Study(config, output, preset("glyphs-maml"), n_drawn=test_tasks)
-    return Study(config, output, preset("maml"), preset("maml-deep"), n_drawn=test_tasks)
+        maml, maml_deep = preset("glyphs-maml"), preset("glyphs-maml-deep")
+    else:
+        maml, maml_deep = preset("maml"), preset("maml-deep")
+    return Study(config, output, maml, maml_deep, n_drawn=test_tasks)
 
 
 def _scope(

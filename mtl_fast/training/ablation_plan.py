@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tqdm import tqdm
+
 from ..config import Config, InnerConfig
 from ..nn import LinearHead
 from ..text_table import grid
@@ -162,7 +164,8 @@ def plan_text(
         estimate = costs.of_pretraining(folders)
         lines.append(_line("pre-training", "", n_missing, len(folders), estimate))
         total += n_missing * estimate.seconds
-    for stage, want, n in asked:
+    # A probe of a row that adapts all weights takes a minute on a slow machine.
+    for stage, want, n in tqdm(asked, desc="estimated", unit="row", leave=False):
         estimate = costs.of(want.row, want.n_shot, want.n_tasks) if n else Estimate(0.0, "finished")
         rate = "" if want.rate is None else f"{want.rate:g}"
         lines.append(_line(f"{stage}: {want.row.label}", rate, n, len(want.seeds), estimate))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..config import GLYPHS_MAML, Config
+from ..config import GLYPHS_MAML, GLYPHS_MAML_DEEP, Config
 from .experiment import Experiment, Outcome
 from .outcomes import Outcomes
 from .rows import Row
@@ -40,7 +40,7 @@ class Study:
     config: Config
     output: Path
     maml: Config = GLYPHS_MAML
-    maml_deep: Config | None = None
+    maml_deep: Config = GLYPHS_MAML_DEEP
     n_drawn: int | None = None
     outcomes: Path | None = None
 

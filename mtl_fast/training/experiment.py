@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..config import GLYPHS_MAML, Config, DataConfig, InnerConfig
+from ..config import GLYPHS_MAML, GLYPHS_MAML_DEEP, Config, DataConfig, InnerConfig
 from ..data import load_split
 from ..data.store import ImageStore
 from ..engine.evaluate import embed_episodes, fit_and_score
@@ -84,7 +84,7 @@ class Experiment:
         config: settings of all rows; a row changes what it learns and its hard tasks.
         output: the folder.
         maml: where the rows of MAML take inner loop and meta-training from, and Conv-4 the network.
-        maml_deep: the same for those that start from the pre-trained network; None: `maml`.
+        maml_deep: the same for those that start from the pre-trained network.
         n_drawn: test tasks that are drawn, of which a row may be tested on the first ones; None: as in `config`.
     """
 
@@ -94,11 +94,11 @@ class Experiment:
         output: str | Path,
         *,
         maml: Config = GLYPHS_MAML,
-        maml_deep: Config | None = None,
+        maml_deep: Config = GLYPHS_MAML_DEEP,
         n_drawn: int | None = None,
     ) -> None:
         self.config = config
-        self.maml, self.maml_deep = maml, maml_deep or maml
+        self.maml, self.maml_deep = maml, maml_deep
         self.n_drawn = config.evaluation.n_tasks if n_drawn is None else n_drawn
         self.output = Path(output)
         self.device = device_of(config)

@@ -274,6 +274,15 @@ def test_maml_on_the_embedded_benchmark_differs_in_data_and_length_only() -> Non
     assert changed == maml
 
 
+def test_maml_on_the_embedded_network_sees_as_many_tasks_as_the_other_rows_that_start_from_it() -> None:
+    deep, shallow, rows = preset("glyphs-maml-deep"), preset("glyphs-maml"), preset("glyphs")
+    assert (deep.meta.n_tasks, deep.meta.validate_every) == (1_200, 240)
+    assert (deep.meta.n_tasks, deep.meta.validate_every) == (rows.meta.n_tasks, rows.meta.validate_every)
+    assert deep.encoder == rows.encoder
+    length = {"n_tasks": shallow.meta.n_tasks, "validate_every": shallow.meta.validate_every}
+    assert replace(deep, encoder=shallow.encoder, meta=replace(deep.meta, **length)) == shallow
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("hard", ["resample", "reuse"])
 def test_every_recipe_can_have_hard_tasks(name: str, hard: str) -> None:
@@ -294,7 +303,7 @@ def test_the_embedded_recipes_are_one_family() -> None:
 @pytest.mark.parametrize(("name", "data"), [("papper", None), ("paper", "cub"), ("glyphs", "fc100")])
 def test_an_unknown_recipe_is_named(name: str, data: str | None) -> None:
     full = name if data is None else f"{name}-{data}"
-    says = rf"preset '{full}' is unknown; choose one of: paper, tensorflow, .*glyphs-maml; with -miniimagenet, -fc100"
+    says = rf"preset '{full}' is unknown; choose one of: paper, tensorflow, .*glyphs-maml-deep; with -miniimagenet, -fc100"
     with pytest.raises(InputError, match=says):
         preset(name, data)
 

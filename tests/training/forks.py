@@ -192,6 +192,7 @@ def ablation(folder: Path, resume: str = "") -> None:
     recipes = {
         "glyphs": tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6),
         "glyphs-maml": tiny.MAML,
+        "glyphs-maml-deep": tiny.MAML,
     }
     ablation.worker_pool = lambda workers: nullcontext(_Inline())  # type: ignore[assignment]
     ablation.preset = recipes.__getitem__  # type: ignore[assignment]

@@ -22,7 +22,7 @@ from mtl_fast.training.phase import Phase
 from tests.training import tiny
 
 CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=2)
-PRESETS = {"glyphs": CONFIG, "glyphs-maml": tiny.MAML}
+PRESETS = {"glyphs": CONFIG, "glyphs-maml": tiny.MAML, "glyphs-maml-deep": tiny.MAML}
 ROWS = ("update-all", "update-head", "ft-last", "ft-last-ht", "ss", "ss-ht", "maml", "maml-ht")
 
 
