@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .base_learner import fit, valid_rows
-from .base_learner_config import CASES, PRECISION, FitConfig, fit_config, piece_config
+from .base_learner_config import CASES, PRECISION, FitConfig, fit_config, head_config, piece_config
 from .base_learner_loop_backward import loop_launch
 from .launch import Arguments, Launch, Work, chip_of, in_blocks, n_bytes, observed
 
@@ -109,6 +109,7 @@ def operand_backward_kernel(
     LEFT: tl.constexpr = BLOCK_N + 2 * BLOCK_C
     # A product sums over 16 at least.
     PIECE_C: tl.constexpr = max(BLOCK_C, 16)
+    PIECE: tl.constexpr = min(PIECE_C, 32)
     o_t = tl.program_id(0).to(tl.int64)
     o_n, o_c, o_k = tl.arange(0, BLOCK_N), tl.arange(0, PIECE_C), tl.arange(0, BLOCK_K)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -133,14 +134,21 @@ def operand_backward_kernel(
             b_dx = tl.dot(b_g, b_x, b_dx, input_precision=PRECISION)
     tl.store(p_d_first_weight + o_w, b_first, mask=m_w)
     if WANTS_SUPPORT:
-        o_w0 = (o_c[:, None] if IS_SHARED else o_t * n_way + o_c[:, None]) * n_features + o_d[None, :]
-        b_w = tl.load(p_weight + o_w0, mask=m_w, other=0.0).to(tl.float32)
-        p_s = p_left + o_n[:, None] * LEFT + BLOCK_N + o_c[None, :]
-        b_s = tl.load(p_s, mask=m_c[None, :], other=0.0)
-        b_l = tl.load(p_s + BLOCK_C, mask=m_c[None, :], other=0.0)
-        # [BLOCK_N, PIECE_C] @ [PIECE_C, BLOCK_D] -> [BLOCK_N, BLOCK_D]
-        b_dx = tl.dot(b_s, b_dw, b_dx, input_precision=PRECISION)
-        b_dx = tl.dot(b_l, b_w, b_dx, input_precision=PRECISION)
+        # Of many classes a piece at a time: their products' factors wait in registers.
+        for c in range(0, PIECE_C, PIECE):
+            o_p = c + tl.arange(0, PIECE)
+            m_p = o_p < n_way
+            m_wp = m_p[:, None] & m_d[None, :]
+            o_wp = (o_t * n_way + o_p[:, None]) * n_features + o_d[None, :]
+            o_w0 = o_p[:, None] * n_features + o_d[None, :] if IS_SHARED else o_wp
+            b_dwp = tl.load(p_d_weight + o_wp, mask=m_wp, other=0.0)
+            b_w = tl.load(p_weight + o_w0, mask=m_wp, other=0.0).to(tl.float32)
+            p_s = p_left + o_n[:, None] * LEFT + BLOCK_N + o_p[None, :]
+            b_s = tl.load(p_s, mask=m_p[None, :], other=0.0)
+            b_l = tl.load(p_s + BLOCK_C, mask=m_p[None, :], other=0.0)
+            # [BLOCK_N, PIECE] @ [PIECE, BLOCK_D] -> [BLOCK_N, BLOCK_D]
+            b_dx = tl.dot(b_s, b_dwp, b_dx, input_precision=PRECISION)
+            b_dx = tl.dot(b_l, b_w, b_dx, input_precision=PRECISION)
         m_n = valid_rows(p_mask, o_t, o_n, n_rows, HAS_MASK)
         b_dx = tl.where(m_n[:, None], b_dx, 0.0).to(p_d_support.dtype.element_ty)
         p_dx = p_d_support + (o_t * n_rows + o_n[:, None]) * n_features + o_d[None, :]
@@ -223,7 +231,7 @@ def _head_launch(
     n_query = 0 if query is None else query.shape[1]
     # A product sums over 16 classes at least.
     block_c = max(16, config.block_c)
-    pieces = piece_config(16, block_c)
+    pieces = head_config(block_c)
     arguments: Arguments = {
         "p_d_logits": d_logits,
         "p_d_head_weight": d_head_weight,
@@ -256,7 +264,8 @@ def _head_launch(
         read=n_bytes(d_logits, d_head_weight, d_head_bias, query, head_weight),
         written=n_bytes(d_query, d_weight, d_bias),
     )
-    return Launch(head_backward_kernel, grid, arguments, constants, pieces.num_warps, pieces.num_stages, work)
+    shape = pieces.num_warps, pieces.num_stages
+    return Launch(head_backward_kernel, grid, arguments, constants, *shape, work, pieces.programs)
 
 
 def _operand_launch(

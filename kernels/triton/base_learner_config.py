@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -24,6 +24,7 @@ class FitConfig:
         block_k: support rows at a time in products that read them in pieces.
         is_streamed: H [block_n, block_n] does not fit into registers beside the logits and R.
         num_warps: so few that a step waits little for its neighbours, so many that registers suffice.
+        num_warps_back: of the steps backwards.
         num_stages: features on their way while others are multiplied; many rows leave registers for fewer.
         programs: that registers are shared out to where no step is kept; None leaves it to the assembler.
     """
@@ -35,6 +36,7 @@ class FitConfig:
     block_k: int
     is_streamed: bool
     num_warps: int
+    num_warps_back: int
     num_stages: int
     programs: int | None
 
@@ -45,6 +47,7 @@ def fit_config(n_rows: int, n_way: int, chip: int) -> FitConfig:
     is_streamed = block_n * max(block_n, 4 * block_c) > 4096
     # Of 32 rows sm_120's assembler spills at three stages.
     deepest = 2 if chip == 120 and block_n == 32 else 3
+    num_warps = 16 if block_n * block_c > 4096 else 8 if block_n * block_c > 256 else 4
     return FitConfig(
         block_n=block_n,
         block_c=block_c,
@@ -52,11 +55,22 @@ def fit_config(n_rows: int, n_way: int, chip: int) -> FitConfig:
         block_m=64,
         block_k=16 if is_streamed else min(block_n, 32),
         is_streamed=is_streamed,
-        num_warps=16 if block_n * block_c > 4096 else 8 if block_n * block_c > 256 else 4,
+        num_warps=num_warps,
+        # sm_100's assembler spills some bytes of the 128 registers that 16 warps leave a thread.
+        num_warps_back=min(num_warps, 8) if chip == 100 else num_warps,
         num_stages=deepest if block_n <= 32 else 1 if block_n * block_c > 4096 else 2,
-        # Of 64 rows at once sm_120's assembler spills at three programs, for which 80 registers are left a thread.
-        programs=2 if chip == 120 and block_n == 64 and not is_streamed else None,
+        programs=_programs(block_n, block_c, is_streamed, chip),
     )
+
+
+def _programs(block_n: int, block_c: int, is_streamed: bool, chip: int) -> int | None:
+    # Of 64 rows at once their assemblers spill at three programs, for which 80 registers are left a thread.
+    if block_n == 64 and not is_streamed and chip in (100, 120):
+        return 2
+    # Of 64 rows and 64 classes Triton 3.9's assembler spills at two, for which 128 are left.
+    if block_n == block_c == 64:
+        return 1
+    return None
 
 
 @dataclass(frozen=True)
@@ -67,12 +81,14 @@ class PieceConfig:
         block_d: features a program: 20 pieces of 640 keep a few tasks' programs on many multiprocessors.
         block_m: query rows at a time.
         num_warps, num_stages: small products that wait for memory.
+        programs: that registers are shared out to; None leaves it to the assembler.
     """
 
     block_d: int = 32
     block_m: int = 32
     num_warps: int = 4
     num_stages: int = 2
+    programs: int | None = None
 
 
 def piece_config(block_n: int, block_c: int) -> PieceConfig:
@@ -81,6 +97,13 @@ def piece_config(block_n: int, block_c: int) -> PieceConfig:
     if max(block_n, 2 * block_c) > 64:
         return PieceConfig(block_d=16, num_warps=8)
     return PieceConfig(num_warps=8 if block_n * block_c > 256 else 4)
+
+
+def head_config(block_c: int) -> PieceConfig:
+    """The same where queries are read and the head's gradient waits in registers."""
+    config = piece_config(16, block_c)
+    # Of 64 classes two stages take all 255 registers, and some assemblers spill; at one, 80 do for three programs.
+    return replace(config, num_stages=1, programs=3) if block_c == 64 else config
 
 
 @dataclass(frozen=True)

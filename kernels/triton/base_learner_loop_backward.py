@@ -157,6 +157,5 @@ def loop_launch(
         read=n_bytes(support, labels, mask, kernel, trajectory, *d_head),
         written=n_bytes(d_first_bias, left),
     )
-    return Launch(
-        loop_backward_kernel, (n_tasks,), arguments, constants, config.num_warps, config.num_stages, work
-    )
+    shape = config.num_warps_back, config.num_stages
+    return Launch(loop_backward_kernel, (n_tasks,), arguments, constants, *shape, work)

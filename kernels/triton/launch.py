@@ -95,6 +95,8 @@ class Launch:
         work: what the model of its time starts from.
         programs: how many a multiprocessor is to hold, as the second number of CUDA's launch bounds: the assembler
             shares its registers out to so many. None leaves it to guess, from registers alone.
+        is_contracted: whether a multiply and an add may round once. Not so where the product goes into a sum over
+            threads: each would round the other's and keep its own exact, and so two threads would hold different sums.
     """
 
     kernel: Any
@@ -105,12 +107,17 @@ class Launch:
     num_stages: int
     work: Work = field(default_factory=Work)
     programs: int | None = None
+    is_contracted: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
         """What Triton's compiler is told beside the arguments."""
-        # Contraction of a multiply and an add into one rounding is said, not left to the version's default.
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        # Said, not left to the version's default.
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.is_contracted,
+        }
         bounds = {} if self.programs is None else {"ptx_options": f"--minnctapersm {self.programs}"}
         return options | bounds
 

@@ -216,10 +216,11 @@ class Configuration:
     block_k: int
     # 64×64 or more accumulators of fp32 a warp would spill.
     num_warps: int
-    # As many steps under way as let an H100's multiprocessor hold two programs.
+    # As many steps under way as let an H100's multiprocessor hold two programs, and no more than there are.
     num_stages: int
     # Told to the assembler where small shared memory holds so few that registers are plenty: left to guess, it spares
-    # registers for programs that do not fit, and spills for it.
+    # registers for programs that do not fit, and spills for it. So it does at times on sm_100 for a second program of
+    # two images' products.
     programs: int | None
 
 
@@ -236,11 +237,19 @@ FREE_WARPS = 8
 
 
 def configuration(
-    n_rows: int, n_in: int, n_out: int, itemsize: int, chip: int, *, side: int, heavy: bool = False
+    n_rows: int,
+    n_in: int,
+    n_out: int,
+    itemsize: int,
+    chip: int,
+    *,
+    side: int,
+    heavy: bool = False,
+    has_other: bool = False,
 ) -> Configuration:
     """By rows and channels of the product and bytes of an element, chip and side of the filters.
 
-    `heavy` is an epilogue of residual and pooling.
+    `heavy` is an epilogue of residual and pooling, `has_other` a product with another image too.
     """
     block_n, block_n2 = min(128, max(16, triton.next_power_of_2(n_out))), 0
     if n_out % 128 and n_out % 160 == 0:
@@ -256,10 +265,11 @@ def configuration(
     step = (block_m + block_n + block_n2) * block_k * itemsize
     num_stages = min(4, SHARED // step)
     held = max(1, SMALL // (step * (num_stages - 1)))
+    n_steps = side * side * triton.cdiv(n_in, block_k)
     long = num_warps == 4 or (side == 3 and block_k * itemsize == 128)
     told = long and TOLD.get(chip) == num_warps and held * num_warps <= FREE_WARPS
-    programs = held if told else None
-    return Configuration(block_m, block_n, block_n2, block_k, num_warps, num_stages, programs)
+    programs = held if told else 1 if has_other and chip == 100 else None
+    return Configuration(block_m, block_n, block_n2, block_k, num_warps, min(num_stages, n_steps), programs)
 
 
 def chunk(n_in: int, itemsize: int) -> int:
@@ -309,7 +319,10 @@ def product(
     if other is not None and other_weight is not None:
         other, n_other, stride_other = dense(other), other.shape[1], other_weight.shape[3]
     heavy = epilogue.pool and residual is not None
-    c = configuration(n_rows, n_in, n_out, x.element_size(), chip_of(x.device), side=side, heavy=heavy)
+    chip = chip_of(x.device)
+    c = configuration(
+        n_rows, n_in, n_out, x.element_size(), chip, side=side, heavy=heavy, has_other=other is not None
+    )
     block_other = chunk(n_other, x.element_size()) if n_other else 0
     programs = triton.cdiv(n_rows, c.block_m) * triton.cdiv(n_out, c.block_n + c.block_n2)
     depth = side * side * n_in + n_other

@@ -101,3 +101,19 @@ def test_small_shared_memory_leaves_registers_to_few_programs(
     assert {c.programs for chip, c in by_chip.items() if chip in told} <= {programs}
     assert {c.num_warps for c in by_chip.values()} == {warps}
     assert len({replace(c, programs=None) for c in by_chip.values()}) == 1
+
+
+@pytest.mark.parametrize(("chip", "programs"), [(80, None), (90, None), (100, 1)])
+def test_two_images_products_leave_registers_to_one_program_of_sm_100(
+    chip: int, programs: int | None
+) -> None:
+    both = configuration(20000, 64, 128, 2, chip, side=3, has_other=True)
+    assert both.programs == programs
+    assert configuration(20000, 64, 128, 2, chip, side=3).programs is None
+
+
+@pytest.mark.parametrize(
+    ("n_in", "side", "stages"), [(64, 1, 1), (128, 1, 2), (192, 1, 3), (640, 1, 3), (64, 3, 3)]
+)
+def test_no_more_steps_are_under_way_than_there_are(n_in: int, side: int, stages: int) -> None:
+    assert configuration(20000, n_in, 128, 2, 80, side=side).num_stages == stages

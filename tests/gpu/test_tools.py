@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ def one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tool in (gpu_proof, kernel_report, kernel_budgets):
         monkeypatch.setattr(tool, "shipped", lambda chip: {NAME: planted.launch()})
         monkeypatch.setattr(tool, "inspected", inspected)
-    monkeypatch.setattr(gpu_proof, "PASSED", tmp_path / "passed")
+    monkeypatch.setattr(gpu_proof, "RECORD", tmp_path / "gpu-proof.json")
     monkeypatch.setattr(gpu_proof.budgets, "longest_loop", lambda *_: FOUND.loop)
 
 
@@ -51,9 +52,25 @@ def test_a_proof_is_given_once(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert f"6 of 6 shipped launches compiled for {', '.join(CHIPS)}; 0 faults" in capsys.readouterr().out
     monkeypatch.setattr(gpu_proof, "inspected", lambda *_, **__: pytest.fail("compiled again"))
     assert gpu_proof.main([]) == 0
-    assert "(nothing changed since)" in capsys.readouterr().out
-    # Other sources, or other things to run, are another proof.
-    assert gpu_proof.digest({"tests": []}) != gpu_proof.digest({"tests": ["tests/gpu/execution"]})
+    assert "; nothing changed since)" in capsys.readouterr().out
+    # Other chips or tests are another proof, beside the first.
+    monkeypatch.setattr(gpu_proof, "inspected", inspected)
+    assert gpu_proof.main(["--chips", "sm_86"]) == 0
+    assert "1 of 1 shipped launches compiled for sm_86" in capsys.readouterr().out
+    assert len(json.loads(gpu_proof.RECORD.read_text("utf-8"))) == 2
+
+
+def test_after_a_change_a_proof_is_given_anew(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = tmp_path / "kernels"
+    sources.mkdir()
+    monkeypatch.setattr(gpu_proof, "ROOT", tmp_path)
+    for text in ("BLOCK = 64", "BLOCK = 32"):
+        (sources / "kernel.py").write_text(text, "utf-8")
+        assert gpu_proof.main([]) == 0
+        assert "nothing changed since" not in capsys.readouterr().out
+    assert len(json.loads(gpu_proof.RECORD.read_text("utf-8"))) == 1
 
 
 def test_planted_fault_fails_the_proof_each_time(

@@ -49,13 +49,14 @@ def without_nth(pattern: str, n: int) -> Callable[[str], str]:
 
 
 def in_the_loop(pattern: str, new: Callable[[re.Match[str]], str]) -> Callable[[str], str]:
-    """PTX with the first match behind the label of a loop changed."""
+    """PTX with every match in the first loop changed, from its label to the branch back: a version may have it twice."""
 
     def alter(ptx: str) -> str:
-        start = ptx.index("Inner Loop Header")
-        changed, n = re.subn(pattern, new, ptx[start:], count=1)
-        assert n == 1, pattern
-        return ptx[:start] + changed
+        (label,) = re.findall(r"(\S+):[^\n]*Inner Loop Header", ptx)[:1]
+        start, end = ptx.index(f"\n{label}:"), ptx.rindex(f"{label};")
+        changed, n = re.subn(pattern, new, ptx[start:end])
+        assert n, pattern
+        return ptx[:start] + changed + ptx[end:]
 
     return alter
 

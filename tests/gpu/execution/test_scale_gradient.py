@@ -111,7 +111,9 @@ def test_a_weight_gradient_contracted_while_the_shift_is_added(chip: str, kind: 
     assert len(launches) == 1
     factor = 1 / (norm.var.double() + norm.eps).sqrt()
     terms = given.double() * taps.double() * factor.view(-1, 1, 1, 1)
-    bound = EPS32 * (k * k + 8) ** 0.5 * terms.square().sum(dim=(1, 2)).sqrt()
-    assert_within(got, terms.sum(dim=(1, 2)), bound, "scale")
+    # Products and sums round independently; what γ/σ is off by, 4 units (√ one, its inverse two), is that of all terms.
+    total = terms.sum(dim=(1, 2))
+    bound = EPS32 * (k * terms.square().sum(dim=(1, 2)).sqrt() + 4 * total.abs())
+    assert_within(got, total, bound, "scale")
     rows = sums.partial.double()[:, 0] * factor
     assert_within(sums.out, rows.sum(0), EPS32 * 78**0.5 * rows.square().sum(0).sqrt(), "shift")

@@ -38,6 +38,7 @@ SIZES = {
     "rows_fill_the_block": Size(1, 4, 16, 65, 32, 3),
     "one_row_more": Size(1, 9, 17, 3, 33, 2),
     "per_task_head": Size(3, 5, 10, 7, 13, 3, True),
+    "more_than_a_piece_of_classes": Size(1, 37, 41, 5, 19, 2),
     "most_rows_and_classes": Size(1, 64, 128, 5, 19, 2),
     "no_steps": Size(2, 3, 4, 5, 6, 0),
 }

@@ -95,13 +95,14 @@ def _wide(match: re.Match[str], operands: tuple[str, ...], program: Program) -> 
     )
 
 
-@executes(r"mul\.hi\.([su])(16|32)")
+@executes(r"mul\.hi\.([su])(16|32|64)")
 def _high(match: re.Match[str], operands: tuple[str, ...], program: Program) -> Run:
     kind, bits = match[1] + match[2], int(match[2])
-    wide = np.dtype(TYPES[f"{match[1]}{2 * bits}"])
 
     def function(a: Any, b: Any) -> Any:
-        return np.right_shift(a.astype(wide) * b.astype(wide), wide.type(bits)).astype(TYPES[kind])
+        # Whole numbers of Python, for 128 bits are no type of numpy's.
+        product = np.asarray(a).astype(object) * np.asarray(b).astype(object)
+        return np.asarray(product >> bits, object).astype(TYPES[kind])
 
     return elementwise(function, kind, [kind] * 2)(match, operands, program)
 

@@ -51,6 +51,17 @@ def test_whole_numbers(opcode: str) -> None:
     assert values(machine, "%r3", "u4").tolist() == expected
 
 
+@pytest.mark.parametrize(("kind", "span"), [("s", 0), ("u", 1 << 64)])
+def test_the_high_half_of_128_bits(kind: str, span: int) -> None:
+    a, b = A << 31, B << 29
+    machine = execute(f"mul.hi.{kind}64 %rd3, %rd1, %rd2;", given={"%rd1": a, "%rd2": b})
+    expected = [
+        ((int(x) + span * int(x < 0)) * (int(y) + span * int(y < 0)) >> 64) % (1 << 64)
+        for x, y in zip(a, b, strict=True)
+    ]
+    assert values(machine, "%rd3", "u8").tolist() == expected
+
+
 def test_64_bits_do_not_wrap_at_32() -> None:
     given = {"%r1": A.astype(np.int32), "%r2": B.astype(np.int32), "%rd1": A << 20}
     machine = execute(
