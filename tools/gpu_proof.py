@@ -2,18 +2,23 @@
 
 `make gpu-proof` runs it with each version of Triton; with `--every-launch` each number of channels, half type and
 specialisation of a configuration is compiled as well (its main loop has no budget of its own). What passed is
-remembered by a digest of the sources, so that an unchanged tree is not compiled again.
+remembered in bench/results/gpu-proof.json by a digest of the sources, so that an unchanged tree is not compiled again,
+on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import platform
 import subprocess
 import sys
 import time
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,14 +29,15 @@ from mtl_fast.kernels.triton.shipped import configurations, distinct, shipped
 from tests.gpu import budgets
 
 ROOT = Path(__file__).resolve().parents[1]
-# In the user's cache folder: a fresh checkout of the same sources is not compiled again either.
-PASSED = user_cache("gpu-proof")
+# The last proof with each version of Triton, of each list of chips and tests.
+RECORD = ROOT / "bench" / "results" / "gpu-proof.json"
 # What was read off each code, so that only what changed is compiled again, for whichever gate asks first.
 INSPECTIONS = user_cache("inspections")
 # What the proof depends on, beside versions and options.
 SOURCES = (
     ("kernels", "*.py"),
     ("kernels/triton", "**/*.py"),
+    ("tests", "*.py"),
     ("tests/gpu", "**/*"),
     ("tools", "gpu_proof.py"),
 )
@@ -45,9 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every-launch", action="store_true", help="all that compiles differently: an hour")
     options = parser.parse_args(arguments)
     installed = f"Triton {version('triton')}"
-    passed = PASSED / digest(vars(options))
-    if passed.exists():
-        print(f"gpu-proof: {installed}: {passed.read_text('utf-8').strip()} (nothing changed since)")
+    what = {"triton": version("triton"), **vars(options)}
+    found_before = next((proof for proof in _record() if proof["digest"] == digest(what)), None)
+    if found_before is not None:
+        print(
+            f"gpu-proof: {installed}: {found_before['found']} ({found_before['date']}; nothing changed since)"
+        )
         return 0
     start = time.monotonic()
     launches, stored = {chip: shipped(chip) for chip in options.chips}, budgets.read()
@@ -69,21 +78,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(f"gpu-proof: {installed}: {summary} ({time.monotonic() - start:.0f} s)", flush=True)
     if options.tests:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "proof", *options.tests]
-        if subprocess.run(command, cwd=ROOT).returncode:
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-p", "no:benchmark", "-m", "proof"]
+        if subprocess.run([*command, *options.tests], cwd=ROOT).returncode:
             wrong.append("tests")
     if wrong:
         return 1
-    PASSED.mkdir(parents=True, exist_ok=True)
-    passed.write_text(summary + "\n", encoding="utf-8")
+    others = [proof for proof in _record() if proof["what"] != what]
+    proof = {"what": what, "found": summary, "date": date.today().isoformat(), "digest": digest(what)}
+    lines = (json.dumps(one) for one in sorted([*others, proof], key=lambda one: repr(one["what"])))
+    RECORD.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n", encoding="utf-8")
     return 0
 
 
-def digest(options: dict[str, object]) -> str:
+def _record() -> list[dict[str, Any]]:
+    proofs: list[dict[str, Any]] = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else []
+    return proofs
+
+
+def digest(what: dict[str, Any]) -> str:
     """Of all that the proof depends on: sources, versions, and what is run."""
-    found = hashlib.sha256(
-        repr((version("triton"), torch.__version__, sys.version, sorted(options.items()))).encode()
-    )
+    python = platform.python_version_tuple()[:2]
+    found = hashlib.sha256(repr((torch.__version__, python, sorted(what.items()))).encode())
     for folder, pattern in SOURCES:
         for path in sorted((ROOT / folder).glob(pattern)):
             if path.is_file() and path.suffix in (".py", ".json"):
