@@ -33,12 +33,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench" / "results" / "gpu-proof.json"
 # What was read off each code, so that only what changed is compiled again, for whichever gate asks first.
 INSPECTIONS = user_cache("inspections")
-# What the proof depends on, beside versions and options.
+# What the proof depends on, beside versions and options: kernels, and what executes them.
 SOURCES = (
-    ("kernels", "*.py"),
-    ("kernels/triton", "**/*.py"),
-    ("tests", "*.py"),
-    ("tests/gpu", "**/*"),
+    ("kernels", "contracts.py"),
+    ("kernels/triton", "*.py"),
+    ("tests", "*_cases.py"),
+    ("tests/gpu", "[!t]*.*"),  # what tests share, not the tests of other things
+    ("tests/gpu/execution", "*.py"),
+    ("tests/gpu/ptx", "*.py"),
     ("tools", "gpu_proof.py"),
 )
 
