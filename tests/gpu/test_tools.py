@@ -67,7 +67,7 @@ def test_after_a_change_a_proof_is_given_anew(
     sources.mkdir()
     monkeypatch.setattr(gpu_proof, "ROOT", tmp_path)
     for text in ("BLOCK = 64", "BLOCK = 32"):
-        (sources / "kernel.py").write_text(text, "utf-8")
+        (sources / "contracts.py").write_text(text, "utf-8")
         assert gpu_proof.main([]) == 0
         assert "nothing changed since" not in capsys.readouterr().out
     assert len(json.loads(gpu_proof.RECORD.read_text("utf-8"))) == 1
