@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -55,10 +56,11 @@ def measure(side: str, n_tasks: int, *, quick: bool) -> int:
     return _resident("VmHWM") - before
 
 
-def in_processes(side: str, n_tasks: int, settings: Settings) -> tuple[list[int], str]:
-    """Bytes of some fresh processes, and why there are none."""
+@cache
+def in_processes(side: str, n_tasks: int, settings: Settings) -> tuple[tuple[int, ...], str]:
+    """Bytes of some fresh processes, and why there are none; measured once for all rows that ask."""
     if not (PROC / "clear_refs").exists():
-        return [], "this system does not tell the peak of a process (no /proc/self/clear_refs)"
+        return (), "this system does not tell the peak of a process (no /proc/self/clear_refs)"
     command = [
         sys.executable,
         "-m",
@@ -74,9 +76,9 @@ def in_processes(side: str, n_tasks: int, settings: Settings) -> tuple[list[int]
             [*command, *(["--quick"] if settings.quick else [])], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            return [], f"{side}: {done.stderr.strip().splitlines()[-1]}"
+            return (), f"{side}: {done.stderr.strip().splitlines()[-1]}"
         found.append(int(done.stdout.split()[-1]))
-    return found, ""
+    return tuple(found), ""
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def ours(
         raise RuntimeError("counting our launches needs TRITON_INTERPRET=1 before Triton is imported")
 
     def by_rule(shape: routes.LayerShape, _: torch.device) -> routes.Route:
-        return routes.default(shape)
+        return routes.default(shape).route
 
     encoder, head = _encoder(widths), LinearHead(widths[-1], N_WAY)
     with (

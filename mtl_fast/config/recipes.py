@@ -170,11 +170,16 @@ GLYPHS_MAML = replace(
     meta=replace(MAML.meta, n_tasks=7_200, validation_tasks=300, validate_every=720),
 )
 
-# On the pre-trained network, where all rows see the same number of tasks.
+# On the pre-trained network, where all rows see the same number of tasks. Validation costs as much as training here.
 GLYPHS_MAML_DEEP = replace(
     GLYPHS_MAML,
     encoder=GLYPHS.encoder,
-    meta=replace(GLYPHS_MAML.meta, n_tasks=GLYPHS.meta.n_tasks, validate_every=GLYPHS.meta.validate_every),
+    meta=replace(
+        GLYPHS_MAML.meta,
+        n_tasks=GLYPHS.meta.n_tasks,
+        validation_tasks=100,
+        validate_every=GLYPHS.meta.validate_every,
+    ),
 )
 
 # The recipes of MTL and of its baseline: what they are, in a line, and their settings for images as they are on disk.

@@ -276,10 +276,10 @@ def test_maml_on_the_embedded_benchmark_differs_in_data_and_length_only() -> Non
 
 def test_maml_on_the_embedded_network_sees_as_many_tasks_as_the_other_rows_that_start_from_it() -> None:
     deep, shallow, rows = preset("glyphs-maml-deep"), preset("glyphs-maml"), preset("glyphs")
-    assert (deep.meta.n_tasks, deep.meta.validate_every) == (1_200, 240)
+    assert (deep.meta.n_tasks, deep.meta.validation_tasks, deep.meta.validate_every) == (1_200, 100, 240)
     assert (deep.meta.n_tasks, deep.meta.validate_every) == (rows.meta.n_tasks, rows.meta.validate_every)
     assert deep.encoder == rows.encoder
-    length = {"n_tasks": shallow.meta.n_tasks, "validate_every": shallow.meta.validate_every}
+    length = {key: getattr(shallow.meta, key) for key in ("n_tasks", "validation_tasks", "validate_every")}
     assert replace(deep, encoder=shallow.encoder, meta=replace(deep.meta, **length)) == shallow
 
 

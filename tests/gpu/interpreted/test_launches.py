@@ -17,6 +17,8 @@ def test_a_step_launches_twenty_times_less(pixels: int) -> None:
     assert count.kernels, "the step did not run on our kernels"
     assert 20 * count.launches <= reference.launches, f"{count.kernels} {count.operators}"
     assert count.n_bytes < reference.n_bytes
+    # The rule leaves blocks of many channels to PyTorch's convolutions, which count as launches of their own.
+    assert count.launches > ours(WIDTHS, pixels, route="triton").launches
 
 
 def test_every_launch_is_of_a_part_of_the_step() -> None:
