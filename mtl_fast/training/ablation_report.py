@@ -282,7 +282,7 @@ def _summary(
         "provenance": provenance(),
         "config": json.loads(study.config.to_json()),
         "config_maml": json.loads(study.maml.to_json()),
-        "config_maml_deep": json.loads((study.maml_deep).to_json()),
+        "config_maml_deep": json.loads(study.maml_deep.to_json()),
         "rows": [
             _entry(row, n, cells[row.key, n]) for row in scope.rows for n in shots if (row.key, n) in cells
         ],
