@@ -142,12 +142,13 @@ def test_all_rows_are_tested_on_the_same_tasks(loaded: list[str], tmp_path: Path
 def test_rows_of_maml_take_its_recipe_and_deep_ones_the_pretrained_network(
     loaded: list[str], tmp_path: Path
 ) -> None:
-    experiment = Experiment(CONFIG, tmp_path, maml=MAML_CONFIG)
+    of_deep_rows = replace(MAML_CONFIG, meta=replace(MAML_CONFIG.meta, lr=MAML_CONFIG.meta.lr / 2))
+    experiment = Experiment(CONFIG, tmp_path, maml=MAML_CONFIG, maml_deep=of_deep_rows)
     for row in (MAML, MAML_HT, MAML_DEEP, MAML_DEEP_HT):
         model = experiment.meta_train(row, 1)
-        config = model.config
-        assert config.inner == MAML_CONFIG.inner
-        assert config.meta == replace(MAML_CONFIG.meta, hard=row.hard)
+        config, recipe = model.config, of_deep_rows if "deep" in row.key else MAML_CONFIG
+        assert config.inner == recipe.inner
+        assert config.meta == replace(recipe.meta, hard=row.hard)
         assert config.encoder == (CONFIG.encoder if "deep" in row.key else MAML_CONFIG.encoder)
         assert model.meta["tasks"] >= 0
     assert (MAML.hard, MAML_HT.hard, MAML_DEEP.hard, MAML_DEEP_HT.hard) == ("none", "resample") * 2
