@@ -15,7 +15,7 @@ from ..config import Config, InnerConfig
 from ..nn import LinearHead
 from ..text_table import grid
 from .cells import Cell, Study, Wanted
-from .experiment import Outcome
+from .experiment import Experiment, Outcome
 from .meta_train import MetaTraining
 from .models import Model, architecture, build_encoder, learnable, load_model, square_size
 from .pretrain import Pretraining
@@ -67,11 +67,11 @@ class Costs:
             self._probed[key] = Estimate(self._probe(row, n_shot, n_tasks), "probe")
         return self._probed[key]
 
-    def of_pretraining(self, folders: Sequence[Path]) -> Estimate:
-        """A pre-training, measured in one of the folders if one is finished there."""
-        for folder in folders:
-            if (folder / "model.safetensors").exists():
-                seconds = load_model(folder).meta.get("seconds")
+    def of_pretraining(self, experiments: Sequence[Experiment]) -> Estimate:
+        """A pre-training, measured in one of the seeds' experiments if one is finished there."""
+        for experiment in experiments:
+            if experiment.is_pretrained:
+                seconds = load_model(experiment.pretrain_folder).meta.get("seconds")
                 if seconds is not None:
                     return Estimate(seconds, "measured")
         config, stores = self._experiment.with_shot(1), self._experiment.stores
@@ -157,12 +157,12 @@ def plan_text(
         return cells
 
     scope.run(make)
-    folders = [study.experiment(seed).pretrain_folder for seed in scope.pretrained_seeds]
-    n_missing = sum(not (folder / "model.safetensors").exists() for folder in folders)
+    experiments = [study.experiment(seed) for seed in scope.pretrained_seeds]
+    n_missing = sum(not experiment.is_pretrained for experiment in experiments)
     lines, total = [], 0.0
     if n_missing:
-        estimate = costs.of_pretraining(folders)
-        lines.append(_line("pre-training", "", n_missing, len(folders), estimate))
+        estimate = costs.of_pretraining(experiments)
+        lines.append(_line("pre-training", "", n_missing, len(experiments), estimate))
         total += n_missing * estimate.seconds
     # A probe of a row that adapts all weights takes a minute on a slow machine.
     for stage, want, n in tqdm(asked, desc="estimated", unit="row", leave=False):

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -104,16 +104,39 @@ def best_cell(cells: Sequence[Cell], row: Row, n_shot: int) -> Cell:
     return max((c for c in cells if c.row == row and c.n_shot == n_shot), key=lambda cell: cell.validation)
 
 
-def run_cells(pool: ProcessPoolExecutor, study: Study, wanted: Sequence[Wanted], what: str) -> list[Cell]:
+_Job = tuple[Wanted, int]  # with the seed
+
+
+def run_cells(pool: Executor, study: Study, wanted: Sequence[Wanted], what: str) -> list[Cell]:
     """Makes, or reads where finished, every run of the cells, in their order; `what` stands at the bar."""
     shared = _Shared(study)
     jobs = [(want, seed) for want in wanted for seed in want.seeds]
     outcomes = {job: outcome for job in jobs if (outcome := shared.find(*job)) is not None}
     missing = [job for job in jobs if job not in outcomes]
-    done = pool.map(_run, itertools.repeat(study), *zip(*missing, strict=True)) if missing else iter(())
-    for job, outcome in zip(missing, tqdm(done, desc=what, total=len(missing), unit="run"), strict=True):
-        outcomes[job] = shared.add(*job, outcome)
+    handed_out = _hand_out(pool, study, missing)
+    for want, seed in tqdm(missing, desc=what, unit="run"):
+        outcomes[want, seed] = shared.add(want, seed, handed_out[want, seed].result())
     return [_cell(want, {seed: outcomes[want, seed] for seed in want.seeds}) for want in wanted]
+
+
+def _hand_out(pool: Executor, study: Study, jobs: Sequence[_Job]) -> dict[_Job, Future[Outcome]]:
+    """Each job to a worker, those that start from a pre-trained network as soon as their seed's is there."""
+    needed = dict.fromkeys(seed for want, seed in jobs if want.row.pretrained)
+    missing = [seed for seed in needed if not study.experiment(seed).is_pretrained]
+    pretraining = {pool.submit(_pretrain, study, seed): seed for seed in missing}
+    futures: dict[_Job, Future[Outcome]] = {}
+    waiting: dict[int, list[_Job]] = {seed: [] for seed in missing}
+    for want, seed in jobs:
+        if want.row.pretrained and seed in waiting:
+            waiting[seed].append((want, seed))
+        else:
+            futures[want, seed] = pool.submit(_run, study, want, seed)
+    ended = as_completed(pretraining)
+    for future in tqdm(ended, desc="pre-training", total=len(missing), unit="run", disable=not missing):
+        future.result()
+        for job in waiting[pretraining[future]]:
+            futures[job] = pool.submit(_run, study, *job)
+    return futures
 
 
 def finished_cells(study: Study, wanted: Sequence[Wanted]) -> list[Cell]:
@@ -187,6 +210,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _pretrain(study: Study, seed: int) -> None:
+    study.experiment(seed).pretrain()
 
 
 def _run(study: Study, want: Wanted, seed: int) -> Outcome:

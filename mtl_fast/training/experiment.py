@@ -113,6 +113,11 @@ class Experiment:
         """Where pre-training lies."""
         return self.output / "pretrain"
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether a finished pre-training lies there."""
+        return (self.pretrain_folder / "model.safetensors").exists()
+
     @cached_property
     def _pretrained(self) -> Path:
         """The pre-trained model file; validation is 1-shot: one encoder serves all tasks."""

@@ -161,19 +161,14 @@ def evaluate(folder: Path, model: str, resume: str = "") -> None:
     evaluate_model(model, evaluation=tasks, by_step=True, device="cpu", output=folder, resume=bool(resume))
 
 
-class _Inline:
-    """A pool of this process alone."""
-
-    map = staticmethod(map)
-
-
 def results(folder: Path, resume: str = "") -> None:
     """The table of all rows on the tiny splits, a rate each and in this process, without pictures."""
     from mtl_fast.training import experiment, results
     from tests.training import tiny
+    from tests.training.pools import Here
 
     config = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
-    results.worker_pool = lambda workers: nullcontext(_Inline())  # type: ignore[assignment]
+    results.worker_pool = lambda workers: nullcontext(Here())  # type: ignore[assignment]
     results.preset = lambda name: config  # type: ignore[assignment]
     results.draw_curves = results.draw_episode = lambda *_: None  # type: ignore[assignment]
     results.report.rate_sensitivity_figure = lambda *_: None  # type: ignore[assignment]
@@ -188,13 +183,14 @@ def ablation(folder: Path, resume: str = "") -> None:
     """Some rows of the ablation on the tiny splits, in this process, without its picture."""
     from mtl_fast.training import ablation, ablation_report, experiment
     from tests.training import tiny
+    from tests.training.pools import Here
 
     recipes = {
         "glyphs": tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6),
         "glyphs-maml": tiny.MAML,
         "glyphs-maml-deep": tiny.MAML,
     }
-    ablation.worker_pool = lambda workers: nullcontext(_Inline())  # type: ignore[assignment]
+    ablation.worker_pool = lambda workers: nullcontext(Here())  # type: ignore[assignment]
     ablation.preset = recipes.__getitem__  # type: ignore[assignment]
     ablation_report.convergence_figure = lambda *_, **__: None  # type: ignore[assignment]
     experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +20,11 @@ from mtl_fast.training.ablation import ablation
 from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.phase import Phase
 from tests.training import tiny
+from tests.training.pools import Here
 
 CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=2)
 PRESETS = {"glyphs": CONFIG, "glyphs-maml": tiny.MAML, "glyphs-maml-deep": tiny.MAML}
 ROWS = ("update-all", "update-head", "ft-last", "ft-last-ht", "ss", "ss-ht", "maml", "maml-ht")
-
-
-class Here:
-    """A pool of this process alone."""
-
-    def map(self, function: Callable[..., Any], *columns: Any) -> Iterator[Any]:
-        return map(function, *columns)
 
 
 @pytest.fixture(autouse=True)

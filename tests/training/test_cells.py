@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from mtl_fast.config import Config
 from mtl_fast.training import cells
 from mtl_fast.training.cells import Cell, Wanted
 from mtl_fast.training.experiment import Outcome
-from mtl_fast.training.rows import FT_HEAD, SS, Row
+from mtl_fast.training.rows import FT_HEAD, MAML, SS, Row
+from tests.training.pools import Here
 
 
 def outcome(*curve: float) -> Outcome:
@@ -35,6 +38,7 @@ def test_each_run_goes_to_its_cell_seed_by_seed(monkeypatch: pytest.MonkeyPatch,
     class FakeExperiment:
         def __init__(self, config: Config, output: Path, **options: object) -> None:
             self.seed = config.seed
+            self.is_pretrained = True
             assert output == tmp_path / f"seed{config.seed}"
 
         def outcome(self, row: Row, n_shot: int, *, lr: float | None, n_tasks: int | None) -> Outcome:
@@ -44,17 +48,50 @@ def test_each_run_goes_to_its_cell_seed_by_seed(monkeypatch: pytest.MonkeyPatch,
         def finished(self, row: Row, n_shot: int, **options: Any) -> Outcome | None:
             return self.outcome(row, n_shot, **options) if self.seed == 2 and row == SS else None
 
-    class Here:
-        map = staticmethod(map)
-
     monkeypatch.setattr(cells, "Experiment", FakeExperiment)
     study = cells.Study(Config(), tmp_path)
     wanted = [Wanted(FT_HEAD, 1, 0.5, (0, 2)), Wanted(SS, 5, None, (2,), 7)]
-    head, scales = cells.run_cells(Here(), study, wanted, "test")  # type: ignore[arg-type]
+    head, scales = cells.run_cells(Here(), study, wanted, "test")
     assert made == [("ft-head", 0), ("ft-head", 2), ("ss", 2)]
     assert (head.seeds, head.accuracies(), head.validation) == ((0, 2), [[0.0], [0.2]], 0.5)
     assert (scales.seeds, scales.outcomes[0].inner) == ((2,), (7, 5))
     assert cells.finished_cells(study, wanted) == [scales]
+
+
+def test_one_worker_pretrains_a_seed_while_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two workers, three seeds: the last pre-training ends only after all that can be made without it."""
+    lock, there, made = threading.Lock(), {7}, list[tuple[str, int]]()
+    all_others_made = threading.Event()
+
+    class FakeExperiment:
+        def __init__(self, config: Config, output: Path, **options: object) -> None:
+            self.seed = config.seed
+            self.is_pretrained = config.seed in there
+
+        def pretrain(self) -> None:
+            with lock:
+                assert self.seed not in there
+            assert self.seed != 2 or all_others_made.wait(20)
+            with lock:
+                there.add(self.seed)
+
+        def outcome(self, row: Row, n_shot: int, **options: Any) -> Outcome:
+            with lock:
+                assert self.seed in there or not row.pretrained
+                made.append((row.key, self.seed))
+                if len(made) == 7:
+                    all_others_made.set()
+            return Outcome([self.seed / 10], 0, [], None)
+
+    monkeypatch.setattr(cells, "Experiment", FakeExperiment)
+    wanted = [Wanted(row, 1, None, (0, 7, 2)) for row in (FT_HEAD, SS)] + [Wanted(MAML, 1, None, (0, 7, 2))]
+    with ThreadPoolExecutor(2) as pool:
+        found = cells.run_cells(pool, cells.Study(Config(), tmp_path), wanted, "test")
+    assert [cell.accuracies() for cell in found] == [[[0.0], [0.7], [0.2]]] * 3
+    assert sorted(made[-2:]) == [("ft-head", 2), ("ss", 2)]
+    assert len(made) == 9
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
