@@ -5,7 +5,6 @@
 
 namespace mtl {
 
-struct FilterPointsTag {};
 struct ProductsTag {};
 
 // Products and epilogue of `n_tiles` tiles from `first` on, for the panel of channels at `o`.
@@ -16,14 +15,16 @@ void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, in
   const int64_t m_stride = panel_stride(n_tiles);
   float* m = scratch<ProductsTag>(F::kPoints * m_stride);
   for (int64_t point = 0; point < F::kPoints; ++point) {
-    const float* filter = u + (F::kFilterPoints == 1 ? 0 : point * panel_stride(g.n_in));
+    const float* filter = filter_point<F>(u, point, g.n_in);
     // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
     for (int64_t t = 0; t < n_tiles; t += kRows) {
-      product<Left::kRows>(
-          {v + point * stride + t * row, row, filter, kPanel, g.n_in, m + point * m_stride + t * kPanel, kPanel},
-          static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), g.n_out - o);
+      product<Left::kRows>({v + point * stride + t * row, row, filter, kPanel, g.n_in},
+                           static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), g.n_out - o,
+                           Kept{m + point * m_stride + t * kPanel, kPanel});
     }
   }
+  alignas(kLine * sizeof(float)) float lines[F::kTile * F::kTile * kPanel];
+  const bool by_lines = kLanes < kLine && e.streams;
   for (int64_t t = 0; t < n_tiles; ++t) {
     const auto at = grid.place(first + t);
     for (int half = 0; half < kPanel && o + half < g.n_out; half += kLanes) {
@@ -32,9 +33,14 @@ void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, in
         MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
           points[i][j] = load(m + (i * F::kPatch + j) * m_stride + t * kPanel + half);
       F::output(points, y);
-      finish_tile<F::kTile>(e, g, at, o + half, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o - half)),
-                            y, out, codes);
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o - half));
+      if (by_lines) {
+        finish_tile<F::kTile, true>(e, g, at, o + half, lanes, y, lines + half, codes);
+      } else {
+        finish_tile<F::kTile>(e, g, at, o + half, lanes, y, out, codes);
+      }
     }
+    if (by_lines) stream_lines<F::kTile>(e, g, at, o, lines, out);
   }
 }
 
@@ -43,7 +49,7 @@ template <class F>
 void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const Epilogue& e, const float* x,
               float* out, uint8_t* codes) {
   const TileGrid grid(g, F::kTile);
-  const int64_t n_panels = ceil_div(g.n_out, kPanel), panel_size = F::kFilterPoints * panel_stride(g.n_in);
+  const int64_t n_panels = ceil_div(g.n_out, kPanel), panel_size = panel_points<F>(g.n_in);
   const int64_t row = points_row(g.n_in), stride = plan.tiles * row;
   if (plan.shared) {
     // Large filters: all threads work on the same tiles, each on its own panels of filters.
@@ -65,12 +71,7 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
     return;
   }
   // Small filters: transformed once, then every thread takes its own tiles through all of them.
-  float* u = scratch<FilterPointsTag>(n_panels * panel_size);
-  at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      transform_filters<F>(filters, panel * kPanel, u + panel * panel_size);
-    }
-  });
+  const float* u = transform_all_filters<F>(filters);
   at::parallel_for(0, ceil_div(grid.count, plan.tiles), 1, [&](int64_t begin, int64_t end) {
     float* v = scratch<InputPointsTag>(F::kPoints * stride);
     for (int64_t block = begin; block < end; ++block) {

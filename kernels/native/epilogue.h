@@ -91,7 +91,8 @@ struct WholeTile {
   static constexpr int rows = M, columns = M, lanes = kLanes;
 };
 
-template <int M, class Extent>
+// LINES: `out` is [M, M, kPanel] of this tile alone, see `stream_lines`.
+template <int M, bool LINES, class Extent>
 inline __attribute__((always_inline)) void finish_extent(
     const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, const Extent extent, Vec (&y)[M][M],
     float* out, uint8_t* codes) {
@@ -112,18 +113,23 @@ inline __attribute__((always_inline)) void finish_extent(
       y[i][j] = z;
     }
   }
+  const int step = e.pool ? 2 : 1;
+  const int64_t corner = ((at.image * (h / step) + at.top / step) * (w / step) + at.left / step) * g.n_out + o;
+  const auto put_value = [&](int i, int j, Vec value, VecInt code) {
+    const int64_t pixel = corner + (i * (w / step) + j) * g.n_out;
+    if constexpr (LINES) {
+      store(out + (i * M + j) * kPanel, value);
+    } else {
+      put(out + pixel, value, extent.lanes, e.streams);
+    }
+    if (codes) store_codes(codes + pixel, code, extent.lanes);
+  };
   if (!e.pool) {
-    const int64_t corner = ((at.image * h + at.top) * w + at.left) * g.n_out + o;
     MTL_UNROLL for (int i = 0; i < extent.rows; ++i) {
-      MTL_UNROLL for (int j = 0; j < extent.columns; ++j) {
-        const int64_t pixel = corner + (i * w + j) * g.n_out;
-        put(out + pixel, y[i][j], extent.lanes, e.streams);
-        if (codes) store_codes(codes + pixel, positive[i][j] & kPositive, extent.lanes);
-      }
+      MTL_UNROLL for (int j = 0; j < extent.columns; ++j) put_value(i, j, y[i][j], positive[i][j] & kPositive);
     }
     return;
   }
-  const int64_t corner = ((at.image * (h / 2) + at.top / 2) * (w / 2) + at.left / 2) * g.n_out + o;
   MTL_UNROLL for (int i = 0; i + 1 < extent.rows; i += 2) {
     MTL_UNROLL for (int j = 0; j + 1 < extent.columns; j += 2) {
       Vec best = y[i][j];
@@ -134,31 +140,47 @@ inline __attribute__((always_inline)) void finish_extent(
         best = select(better, value, best);
         code = better ? (positive[i + place / 2][j + place % 2] & kPositive) | place : code;
       }
-      const int64_t pixel = corner + (i / 2 * (w / 2) + j / 2) * g.n_out;
-      put(out + pixel, best, extent.lanes, e.streams);
-      if (codes) store_codes(codes + pixel, code, extent.lanes);
+      put_value(i / 2, j / 2, best, code);
     }
   }
 }
 
 // Few tiles are cut off: their code stays out of the way of the others'.
-template <int M>
+template <int M, bool LINES>
 __attribute__((noinline)) void finish_part(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o,
                                            PartTile extent, Vec (&y)[M][M], float* out, uint8_t* codes) {
-  finish_extent<M>(e, g, at, o, extent, y, out, codes);
+  finish_extent<M, LINES>(e, g, at, o, extent, y, out, codes);
 }
 
 // One tile's values y [M, M] of the channels o..o+lanes, to `out` (and `codes` unless null).
-template <int M>
+template <int M, bool LINES = false>
 inline __attribute__((always_inline)) void finish_tile(
     const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, int lanes, Vec (&y)[M][M], float* out,
     uint8_t* codes) {
   const int rows = static_cast<int>(std::min<int64_t>(M, g.out_h() - at.top));
   const int columns = static_cast<int>(std::min<int64_t>(M, g.out_w() - at.left));
   if (rows == M && columns == M && lanes == kLanes) {
-    finish_extent<M>(e, g, at, o, WholeTile<M>{}, y, out, codes);
+    finish_extent<M, LINES>(e, g, at, o, WholeTile<M>{}, y, out, codes);
   } else {
-    finish_part<M>(e, g, at, o, PartTile{rows, columns, lanes}, y, out, codes);
+    finish_part<M, LINES>(e, g, at, o, PartTile{rows, columns, lanes}, y, out, codes);
+  }
+}
+
+// A tile's values of the channels o..o+kPanel, whole lines, from [M, M, kPanel] to the output: for vectors of less than a
+// line, which `finish_tile` cannot stream one after the other.
+template <int M>
+inline void stream_lines(const Epilogue& e, const Geometry& g, const TileGrid::Place& at, int64_t o, const float* lines,
+                         float* out) {
+  const int64_t step = e.pool ? 2 : 1, h = g.out_h() / step, w = g.out_w() / step;
+  const int64_t top = at.top / step, left = at.left / step;
+  const int64_t rows = std::min(M / step, h - top), columns = std::min(M / step, w - left);
+  float* to = out + ((at.image * h + top) * w + left) * g.n_out + o;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      MTL_UNROLL for (int lane = 0; lane < kPanel; lane += kLanes) {
+        stream(to + (i * w + j) * g.n_out + lane, load(lines + (i * M + j) * kPanel + lane));
+      }
+    }
   }
 }
 

@@ -4,10 +4,11 @@
 //   map                       84, 42, 21   10     32, 16, 8   512 @ 4   4    2
 //   tile                      6            4      4           4         4    2
 //   tiles, forward            24           48     24          192       24   24
-//   tiles, scale gradient     48           48     48          48        48   48
+//   tiles, scale gradient     48           48     48          192       48   48
+//   tiles, weight gradient    48           48     48          48        48   48
 //
-// 512 @ 4 stands for few tiles in all of filters that outgrow the caches when transformed: threads share their tiles, and
-// forward takes them all at once, so that filters are transformed once. 48 forward goes with other filters of more than 256 × 256 channels.
+// 512 @ 4 stands for few tiles in all of filters that outgrow the caches when transformed: threads share their tiles, all at
+// once, so that filters are transformed once. 48 forward goes with other filters of more than 256 × 256 channels.
 #pragma once
 
 #include "tiles.h"
@@ -44,7 +45,7 @@ inline Plan gradient_plan(const Geometry& g, bool whole) {
   const int tile = best_tile(g);
   const bool slices_fit = g.n_in * g.n_out * (whole ? g.taps * g.taps : 1) <= 512 * 512;
   const bool shared = few_tiles_of_large_filters(g, tile) || !slices_fit;
-  return {tile, 48, shared};
+  return {tile, shared && !whole ? 192 : 48, shared};
 }
 
 }  // namespace mtl

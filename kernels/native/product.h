@@ -11,19 +11,24 @@ constexpr int kPanel = 2 * kLanes;                // columns of a panel
 // The left matrix lies by rows, a[r·lda + k], or transposed, a[k·lda + r].
 enum class Left { kRows, kTransposed };
 
-// The left matrix [rows, K], the right one b [K, ldb], the result c [rows, ldc].
+// The left matrix [rows, K], the right one b [K, ldb].
 struct Factors {
   const float* a;
   int64_t lda;
   const float* b;
   int64_t ldb, K;
-  float* c;
-  int64_t ldc;
 };
 
-// [ROWS, K] @ [K, VECTORS·kLanes] -> [ROWS, VECTORS·kLanes], from row `r0` on.
-template <Left LEFT, int ROWS, int VECTORS>
-inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0) {
+// What is done with a product's vectors: kept in c [rows, ldc].
+struct Kept {
+  float* c;
+  int64_t ldc;
+  void operator()(int row, int column, Vec product) const { store(c + row * ldc + column, product); }
+};
+
+// [ROWS, K] @ [K, VECTORS·kLanes], from row `r0` on, to `finish(row, column, vector)`.
+template <Left LEFT, int ROWS, int VECTORS, class Finish>
+inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0, const Finish& finish) {
   const int64_t row = LEFT == Left::kRows ? f.lda : 1, column = LEFT == Left::kRows ? 1 : f.lda;
   const float* a = f.a + r0 * row;
   Vec sums[ROWS][VECTORS];
@@ -45,30 +50,30 @@ inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(f.c + (r0 + r) * f.ldc + v * kLanes, sums[r][v]);
+    for (int v = 0; v < VECTORS; ++v) finish(r0 + r, v * kLanes, sums[r][v]);
 }
 
 // The same for rows <= kRows: a whole tile at once, less in a few parts, so that few kernels exist.
-template <Left LEFT, int VECTORS>
-inline void product_columns(const Factors& f, int rows) {
-  if (rows == kRows) return product_rows<LEFT, kRows, VECTORS>(f, 0);
+template <Left LEFT, int VECTORS, class Finish>
+inline void product_columns(const Factors& f, int rows, const Finish& finish) {
+  if (rows == kRows) return product_rows<LEFT, kRows, VECTORS>(f, 0, finish);
   int r = 0;
   if constexpr (kRows > 8) {
-    if (rows >= 8) product_rows<LEFT, 8, VECTORS>(f, 0), r = 8;
-    if (rows - r >= 6) product_rows<LEFT, 6, VECTORS>(f, r), r += 6;
+    if (rows >= 8) product_rows<LEFT, 8, VECTORS>(f, 0, finish), r = 8;
+    if (rows - r >= 6) product_rows<LEFT, 6, VECTORS>(f, r, finish), r += 6;
   }
-  if (rows - r >= 4) product_rows<LEFT, 4, VECTORS>(f, r), r += 4;
-  if (rows - r >= 2) product_rows<LEFT, 2, VECTORS>(f, r), r += 2;
-  if (rows > r) product_rows<LEFT, 1, VECTORS>(f, r);
+  if (rows - r >= 4) product_rows<LEFT, 4, VECTORS>(f, r, finish), r += 4;
+  if (rows - r >= 2) product_rows<LEFT, 2, VECTORS>(f, r, finish), r += 2;
+  if (rows > r) product_rows<LEFT, 1, VECTORS>(f, r, finish);
 }
 
 // A panel, or only its first vector where `columns` ends there.
-template <Left LEFT>
-inline void product(const Factors& f, int rows, int64_t columns) {
+template <Left LEFT, class Finish>
+inline void product(const Factors& f, int rows, int64_t columns, const Finish& finish) {
   if (columns <= kLanes) {
-    product_columns<LEFT, 1>(f, rows);
+    product_columns<LEFT, 1>(f, rows, finish);
   } else {
-    product_columns<LEFT, 2>(f, rows);
+    product_columns<LEFT, 2>(f, rows, finish);
   }
 }
 

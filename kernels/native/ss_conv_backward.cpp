@@ -108,7 +108,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
     const Plan plan = gradient_plan(g, whole);
     with_tile(plan, g.taps, [&](auto f) {
       weight_gradient<decltype(f)>(g, plan, images.const_data_ptr<float>(), g_inner,
-                                   taps.const_data_ptr<float>(), columns, whole,
+                                   whole ? nullptr : taps.const_data_ptr<float>(), columns,
                                    products.mutable_data_ptr<float>());
     });
     if (ratio) products = scale_columns(products, ratios, g.n_out);

@@ -165,6 +165,18 @@ struct Filters {
 };
 
 struct FactorsTag {};
+struct FilterPointsTag {};
+
+// Floats of a panel of transformed taps, and where those of a point begin.
+template <class F>
+int64_t panel_points(int64_t K) {
+  return F::kFilterPoints * panel_stride(K);
+}
+
+template <class F>
+const float* filter_point(const float* panel, int64_t point, int64_t K) {
+  return panel + (F::kFilterPoints == 1 ? 0 : point * panel_stride(K));
+}
 
 // G(w ⊙ scale)Gᵀ of the columns from `n0` on -> u [kFilterPoints, K, kPanel], points panel_stride(K) apart.
 template <class F>
@@ -214,6 +226,17 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
       }
     }
   }
+}
+
+// All panels one after the other, by all threads.
+template <class F>
+float* transform_all_filters(const Filters& f) {
+  const int64_t n_panels = ceil_div(f.N, kPanel), size = panel_points<F>(f.K);
+  float* u = scratch<FilterPointsTag>(n_panels * size);
+  at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) transform_filters<F>(f, panel * kPanel, u + panel * size);
+  });
+  return u;
 }
 
 }  // namespace mtl

@@ -108,16 +108,51 @@ struct Unwinding {
       for (int64_t x = 0; x < w / step; ++x) {
         const int64_t at = ((image * (h / step) + y) * (w / step) + x) * g.n_out;
         const int64_t corner = ((image * h + y * step) * w + x * step) * g.n_out;
-        for (int64_t o = 0; o < g.n_out; o += kLanes) {
-          value(at + o, corner + o, o, static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o)), sums + o,
-                by_output ? by_output + o : nullptr, row);
+        for (int64_t o = 0; pool && o < g.n_out; o += kLine) {
+          window(at + o, corner + o, o, sums + o, by_output ? by_output + o : nullptr, row);
+        }
+        for (int64_t o = 0; !pool && o < g.n_out; o += kLanes) {
+          const Value v = value(at + o, corner + o, o, sums + o, by_output ? by_output + o : nullptr, row);
+          if (inner) put(inner + at + o, v.d, v.lanes, streamed);
         }
       }
     }
   }
 
-  // One vector of the output at `at`, whose window's first pixel is at `corner`.
-  void value(int64_t at, int64_t corner, int64_t o, int lanes, float* sums, float* by_output, int64_t row) const {
+  // What one value's gradient is made of.
+  struct Value {
+    VecInt code;
+    Vec upper, d;  // dL/dy and G
+    int lanes;
+  };
+
+  // A line's channels, from `o` on, of the window whose value is at `at` and first pixel at `corner`.
+  void window(int64_t at, int64_t corner, int64_t o, float* sums, float* by_output, int64_t row) const {
+    constexpr int kVectors = kLine / kLanes;
+    Value values[kVectors];
+    int n = 0;
+    for (; n < kVectors && o + n * kLanes < g.n_out; ++n) {
+      const int64_t lane = n * kLanes;
+      values[n] = value(at + lane, corner + lane, o + lane, sums + lane, by_output ? by_output + lane : nullptr, row);
+    }
+    for (int place = 0; place < 4; ++place) {
+      const int64_t to = corner + (place / 2 * g.out_w() + place % 2) * g.n_out;
+      // The vectors of a line one right after the other, see `stream`.
+      for (int v = 0; v < n; ++v) spread(values[v], values[v].d, place, inner + to + v * kLanes);
+      for (int v = 0; residual_grad && v < n; ++v) {
+        spread(values[v], values[v].upper, place, residual_grad + to + v * kLanes);
+      }
+    }
+  }
+
+  // A window's gradient at one place of it.
+  void spread(const Value& value, Vec whole, int place, float* to) const {
+    put(to, select((value.code & 3) == place, whole, Vec{}), value.lanes, streamed);
+  }
+
+  // One vector, and its part of the sums.
+  Value value(int64_t at, int64_t corner, int64_t o, float* sums, float* by_output, int64_t row) const {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o));
     const Vec upper = load_part(grad + at, lanes);
     const VecInt code = codes ? load_codes(codes + at, lanes) : VecInt{};
     const VecInt positive = (code & kPositive) != 0;
@@ -131,17 +166,7 @@ struct Unwinding {
       store(by_output + row, load(by_output + row) + size(term));
       store(by_output + 2 * row, load(by_output + 2 * row) + size(d) * (subtracted + size(t)));
     }
-    if (inner == nullptr) return;
-    if (!pool) {
-      put(inner + at, d, lanes, streamed);
-      return;
-    }
-    for (int place = 0; place < 4; ++place) {
-      const int64_t to = corner + (place / 2 * g.out_w() + place % 2) * g.n_out;
-      const VecInt here = (code & 3) == place;
-      put(inner + to, select(here, d, Vec{}), lanes, streamed);
-      if (residual_grad) put(residual_grad + to, select(here, upper, Vec{}), lanes, streamed);
-    }
+    return {code, upper, d, lanes};
   }
 
   // z with its shift, from y: undo the residual and the activation. Where the slope is 0 and y is not positive,

@@ -49,24 +49,29 @@ inline void store_part(float* p, Vec v, int n) {
   __builtin_memcpy(p, &v, n * sizeof(float));
 }
 
-// Past the caches, whole lines at a time: a store into a line that no cache holds would read it first. `p` is aligned
-// to vectors. A thread that streamed calls `end_streams` before it tells others.
+// Past the caches: a store into a line that no cache holds would read it first. `p` is aligned to vectors, and the vectors of
+// a line are written one right after the other. A thread that streamed calls `end_streams` before it tells others.
+constexpr int kLine = 16;  // floats of a line
 #if defined(__AVX512F__)
 constexpr bool kStreams = true;
 inline void stream(float* p, Vec v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
 inline void end_streams() { _mm_sfence(); }
+#elif defined(__AVX2__)
+constexpr bool kStreams = true;
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+inline void end_streams() { _mm_sfence(); }
 #else
-constexpr bool kStreams = false;  // a vector is less than a line
+constexpr bool kStreams = false;
 inline void stream(float* p, Vec v) { store(p, v); }
 inline void end_streams() {}
 #endif
 
 // Whether a result of this many bytes should be streamed: it is larger than what a core's own cache keeps for the next
-// reader, and its vectors are whole and aligned.
+// reader, and made of whole lines.
 inline bool streams(const float* data, int64_t bytes, int64_t channels) {
   constexpr int64_t kLeast = int64_t{1} << 20;
-  return kStreams && bytes >= kLeast && channels % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(data) % sizeof(Vec) == 0;
+  return kStreams && bytes >= kLeast && channels % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(data) % (kLine * sizeof(float)) == 0;
 }
 
 // `lanes` of a vector, streamed where that was decided (then they are all).

@@ -1,4 +1,7 @@
-// Gradient of the taps, or of their scale, from the points of input and output gradient.
+// Gradient of the taps, or of their scale, from the points of input and output gradient, U the transformed taps:
+//
+//   dL/dW = Gᵀ dU G            dU[ξ] = Σ_tiles V[ξ]ᵀ dM[ξ]
+//   Σ_taps W·dL/dW = Σ_ξ U[ξ]·dU[ξ]      so that a product's block is done with in registers, a point after the other
 #pragma once
 
 #include "tiles.h"
@@ -9,11 +12,10 @@ struct GradientPointsTag {};
 struct BlockTag {};
 struct SlicesTag {};
 
-// Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, times the taps and summed (or whole), to `out`:
-// added, or as its `first` value.
+// Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, to packed taps `out`: added, or as its `first` value.
 template <class F>
-void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_in, int64_t n_out,
-                  const float* taps, int64_t columns, bool whole, bool first, float* out) {
+void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_in, int64_t n_out, bool first,
+                  float* out) {
   constexpr int R = F::kTaps, P = F::kPatch;
   for (int r = 0; r < n_rows; ++r) {
     for (int half = 0; half < kPanel; half += kLanes) {
@@ -30,18 +32,10 @@ void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_
           MTL_UNROLL for (int j = 0; j < P; ++j) points[i][j] = load(from + (i * P + j) * kRows * kPanel);
         F::filter_gradient(points, dw);
       }
-      const int64_t packed = packed_offset(column, i0 + r, n_in, R * R);
-      if (whole) {
-        float* to = out + packed;
-        for (int t = 0; t < R * R; ++t) {
-          const Vec before = first ? Vec{} : load(to + t * kPackedColumns);
-          store(to + t * kPackedColumns, before + dw[t / R][t % R]);
-        }
-      } else {
-        float* to = out + (i0 + r) * columns + column;
-        Vec total = first ? Vec{} : load(to);
-        for (int t = 0; t < R * R; ++t) total = total + load(taps + packed + t * kPackedColumns) * dw[t / R][t % R];
-        store(to, total);
+      float* to = out + packed_offset(column, i0 + r, n_in, R * R);
+      for (int t = 0; t < R * R; ++t) {
+        const Vec before = first ? Vec{} : load(to + t * kPackedColumns);
+        store(to + t * kPackedColumns, before + dw[t / R][t % R]);
       }
     }
   }
@@ -51,16 +45,19 @@ void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_
 struct GradientPoints {
   float *v, *d;
   int64_t row_v, row_d, stride_v, stride_d, n_tiles;
+  // Of the product of a point from input `i` and output `o` on.
+  Factors factors(int64_t point, int64_t i, int64_t o) const {
+    return {v + point * stride_v + i, row_v, d + point * stride_d + o, row_d, n_tiles};
+  }
 };
 
 // Rows whose products are made point after point. Six rows use 24 bytes of each line of the input's points: in groups,
 // whole lines are used while they are near. Twelve use most of a line as they are.
 constexpr int64_t kGroupRows = kRows < 12 ? ceil_div(64, kRows) * kRows : kRows;
 
-// The products of the rows of group `group` and panel `panel`, to `out` as in `finish_block`.
+// dL/dW of the rows of group `group` and panel `panel`, to `out` as in `finish_block`.
 template <class F>
-void gradient_block(const Geometry& g, const GradientPoints& p, int64_t group, int64_t panel, const float* taps,
-                    int64_t columns, bool whole, bool first, float* out) {
+void weight_block(const Geometry& g, const GradientPoints& p, int64_t group, int64_t panel, bool first, float* out) {
   constexpr int64_t kBlock = F::kPoints * kRows * kPanel;
   const int64_t o = panel * kPanel, start = group * kGroupRows, end = std::min(start + kGroupRows, g.n_in);
   float* du = scratch<BlockTag>(kGroupRows / kRows * kBlock);
@@ -68,27 +65,98 @@ void gradient_block(const Geometry& g, const GradientPoints& p, int64_t group, i
   for (int64_t point = 0; point < F::kPoints; ++point) {
     for (int64_t i0 = start; i0 < end; i0 += kRows) {
       // [n_tiles, rows]ᵀ @ [n_tiles, kPanel] -> [rows, kPanel]
-      product<Left::kTransposed>({p.v + point * p.stride_v + i0, p.row_v, p.d + point * p.stride_d + o, p.row_d,
-                                  p.n_tiles, du + (i0 - start) / kRows * kBlock + point * kRows * kPanel, kPanel},
-                                 n_rows(i0), g.n_out - o);
+      product<Left::kTransposed>(p.factors(point, i0, o), n_rows(i0), g.n_out - o,
+                                 Kept{du + (i0 - start) / kRows * kBlock + point * kRows * kPanel, kPanel});
     }
   }
   for (int64_t i0 = start; i0 < end; i0 += kRows) {
-    finish_block<F>(du + (i0 - start) / kRows * kBlock, n_rows(i0), i0, o, g.n_in, g.n_out, taps, columns, whole, first,
-                    out);
+    finish_block<F>(du + (i0 - start) / kRows * kBlock, n_rows(i0), i0, o, g.n_in, g.n_out, first, out);
   }
 }
 
-// out as packed taps (whole: dL/dW) or [I, columns] (Σ_taps W·dL/dW); columns of no output
+// What is done with the blocks of dU: times U [rows, kPanel], added to c [rows, ldc].
+struct Weighted {
+  const float* u;
+  float* c;
+  int64_t ldc;
+  void operator()(int row, int column, Vec product) const {
+    float* to = c + row * ldc + column;
+    store(to, load(to) + product * load(u + row * kPanel + column));
+  }
+};
+
+// Σ_taps W·dL/dW of the panels [begin, end), added to out [I, columns]; u: their transformed taps.
+template <class F>
+void scale_block(const Geometry& g, const GradientPoints& p, int64_t begin, int64_t end, const float* u,
+                 int64_t columns, float* out) {
+  for (int64_t point = 0; point < F::kPoints; ++point) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const float* taps = filter_point<F>(u + (panel - begin) * panel_points<F>(g.n_in), point, g.n_in);
+      const int64_t o = panel * kPanel;
+      for (int64_t i0 = 0; i0 < g.n_in; i0 += kRows) {
+        product<Left::kTransposed>(p.factors(point, i0, o), static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0)),
+                                   g.n_out - o, Weighted{taps + i0 * kPanel, out + i0 * columns + o, columns});
+      }
+    }
+  }
+}
+
+// How the gradient of taps or scales is cut into blocks, each added up by one thread at a time.
+template <class F>
+class GradientBlocks {
+ public:
+  // taps: of the scale's gradient; null: their own gradient is wanted. shared: blocks are dealt out to threads.
+  GradientBlocks(const Geometry& g, const float* taps, int64_t columns, bool shared)
+      : g_(g), columns_(columns), n_panels_(ceil_div(g.n_out, kPanel)), n_groups_(ceil_div(g.n_in, kGroupRows)),
+        filters_{taps, g.n_in, g.n_out, {}} {
+    // Sums that stay in the second cache, beside a point of input and output. How they are dealt out changes no bits.
+    constexpr int64_t kSums = int64_t{1} << 16;
+    panels_ = shared ? ceil_div(n_panels_, at::get_num_threads()) : std::max<int64_t>(kSums / (g.n_in * kPanel), 1);
+    if (taps && !shared) u_ = transform_all_filters<F>(filters_);
+  }
+  int64_t count() const { return filters_.taps ? ceil_div(n_panels_, panels_) : n_panels_ * n_groups_; }
+  // Floats of the result.
+  int64_t size() const { return g_.n_in * columns_ * (filters_.taps ? 1 : F::kTaps * F::kTaps); }
+
+  // Adds what the tiles bring to block `index` of `out`, or (`first`) writes it.
+  void add(int64_t index, const GradientPoints& p, bool first, float* out) const {
+    if (filters_.taps == nullptr) return weight_block<F>(g_, p, index % n_groups_, index / n_groups_, first, out);
+    const int64_t begin = index * panels_, end = std::min(begin + panels_, n_panels_), o = begin * kPanel;
+    if (first) {
+      const int64_t width = std::min(end * kPanel, columns_) - o;
+      for (int64_t i = 0; i < g_.n_in; ++i) std::fill_n(out + i * columns_ + o, width, 0.f);
+    }
+    scale_block<F>(g_, p, begin, end, points_of(begin, end), columns_, out);
+  }
+
+ private:
+  // The transformed taps of the panels [begin, end).
+  const float* points_of(int64_t begin, int64_t end) const {
+    const int64_t size = panel_points<F>(g_.n_in);
+    if (u_) return u_ + begin * size;
+    float* u = scratch<FilterPointsTag>(panels_ * size);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      transform_filters<F>(filters_, panel * kPanel, u + (panel - begin) * size);
+    }
+    return u;
+  }
+
+  Geometry g_;
+  int64_t columns_, n_panels_, n_groups_, panels_;
+  Filters filters_;
+  const float* u_ = nullptr;
+};
+
+// out as packed taps (dL/dW) or, where taps are given, [I, columns] (Σ_taps W·dL/dW); columns of no output
 // stay as they are, and so does everything where there are no pixels.
 template <class F>
 void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const float* dz, const float* taps,
-                     int64_t columns, bool whole, float* out) {
+                     int64_t columns, float* out) {
   const TileGrid grid(g, F::kTile);
   if (grid.count == 0) return;
+  const GradientBlocks<F> blocks(g, taps, columns, plan.shared);
   const int64_t row_v = points_row(g.n_in), row_d = points_row(ceil_div(g.n_out, kPanel) * kPanel);
   const int64_t stride_v = plan.tiles * row_v, stride_d = plan.tiles * row_d;
-  const int64_t n_panels = ceil_div(g.n_out, kPanel), n_groups = ceil_div(g.n_in, kGroupRows);
   const auto points = [&](int64_t n_tiles) {
     return GradientPoints{scratch<InputPointsTag>(F::kPoints * stride_v),
                           scratch<GradientPointsTag>(F::kPoints * stride_d),
@@ -104,18 +172,15 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
     for (int64_t first = 0; first < grid.count; first += part) {
       const GradientPoints p = points(std::min(part, grid.count - first));
       at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) { transform(p, first, begin, end); });
-      at::parallel_for(0, n_panels * n_groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          gradient_block<F>(g, p, item % n_groups, item / n_groups, taps, columns, whole, first == 0, out);
-        }
+      at::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) blocks.add(block, p, first == 0, out);
       });
     }
     return;
   }
   // Few products a tile: tiles in a fixed number of slices, each with a sum of its own, added in order.
   constexpr int64_t kSlices = 16;
-  const int64_t n_parts = ceil_div(grid.count, plan.tiles), n_slices = std::min(kSlices, n_parts);
-  const int64_t size = g.n_in * columns * (whole ? F::kTaps * F::kTaps : 1);
+  const int64_t n_parts = ceil_div(grid.count, plan.tiles), n_slices = std::min(kSlices, n_parts), size = blocks.size();
   float* partial = scratch<SlicesTag>(n_slices * size);
   at::parallel_for(0, n_slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice) {
@@ -126,9 +191,7 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
         const int64_t first = part * plan.tiles;
         const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
         transform(p, first, 0, p.n_tiles);
-        for (int64_t group = 0; group < n_groups; ++group)
-          for (int64_t panel = 0; panel < n_panels; ++panel)
-            gradient_block<F>(g, p, group, panel, taps, columns, whole, part == start, own);
+        for (int64_t block = 0; block < blocks.count(); ++block) blocks.add(block, p, part == start, own);
       }
     }
   });
