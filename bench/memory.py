@@ -1,8 +1,7 @@
 """Peak memory of a meta-training step, in a process of its own: `python -m bench.memory SIDE TASKS`.
 
-What is counted is the growth of the resident set from before the network is built to the highest point of two
-steps, the ones before them (caches, transformed weights, optimiser, compiler) left out of the peak but not of what
-they keep.
+What is counted is the growth of the resident set from before the network is built to the highest point of a step; the
+one before it (caches, transformed weights, optimiser, compiler) is left out of the peak but not of what it keeps.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def measure(side: str, n_tasks: int, *, quick: bool) -> int:
     take = problem.side(side)
     take()
     (PROC / "clear_refs").write_text("5", "utf-8")
-    for _ in range(2):
-        take()
+    take()
     return _resident("VmHWM") - before
 
 
