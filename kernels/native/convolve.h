@@ -24,7 +24,7 @@ void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, in
     }
   }
   alignas(kLine * sizeof(float)) float lines[F::kTile * F::kTile * kPanel];
-  const bool by_lines = kLanes < kLine && e.streams;
+  const bool by_lines = kStreams && kLanes < kLine && e.streams;
   for (int64_t t = 0; t < n_tiles; ++t) {
     const auto at = grid.place(first + t);
     for (int half = 0; half < kPanel && o + half < g.n_out; half += kLanes) {

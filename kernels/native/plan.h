@@ -8,7 +8,8 @@
 //   tiles, weight gradient    48           48     48          48        48   48
 //
 // 512 @ 4 stands for few tiles in all of filters that outgrow the caches when transformed: threads share their tiles, all at
-// once, so that filters are transformed once. 48 forward goes with other filters of more than 256 × 256 channels.
+// once, so that filters are transformed once. 192 goes with every scale gradient of more than 512 × 512 channels, whose
+// filters are transformed anew for so many tiles; 48 forward with other filters of more than 256 × 256.
 #pragma once
 
 #include "tiles.h"

@@ -1,7 +1,7 @@
 // `ss_conv` backward on CPUs. With G = dL/dz, z the convolution before its epilogue:
 //
 //   dL/dx = convolution of G with the rotated filters (`convolve`)
-//   dL/dΦ_S1[o, i] = Σ_taps W·(Gᵀ dU G), dU[ξ] = V[ξ]ᵀ dM[ξ]: a block of dU at a time, never a weight gradient
+//   dL/dΦ_S1[o, i] = Σ_ξ U[ξ]·dU[ξ], U = G W Gᵀ, dU[ξ] = V[ξ]ᵀ dM[ξ]: a block of dU at a time, never a weight gradient
 //   dL/dΦ_S1[o] = Σ G·(z − shift)/Φ_S1 (`filter`), from the saved output, without a product
 //
 // Sums run in an order that depends on shapes only, so any number of threads gives the same bits.

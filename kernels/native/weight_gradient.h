@@ -109,10 +109,13 @@ class GradientBlocks {
   GradientBlocks(const Geometry& g, const float* taps, int64_t columns, bool shared)
       : g_(g), columns_(columns), n_panels_(ceil_div(g.n_out, kPanel)), n_groups_(ceil_div(g.n_in, kGroupRows)),
         filters_{taps, g.n_in, g.n_out, {}} {
-    // Sums that stay in the second cache, beside a point of input and output. How they are dealt out changes no bits.
+    if (taps == nullptr) return;
+    // Sums that stay in the second cache, beside a point of input and output; where threads share the tiles, as many for
+    // each, so that the points are read once. No bit depends on it.
     constexpr int64_t kSums = int64_t{1} << 16;
-    panels_ = shared ? ceil_div(n_panels_, at::get_num_threads()) : std::max<int64_t>(kSums / (g.n_in * kPanel), 1);
-    if (taps && !shared) u_ = transform_all_filters<F>(filters_);
+    panels_ = shared ? ceil_div(n_panels_, at::get_num_threads())
+                     : std::max<int64_t>(kSums / (std::max<int64_t>(g.n_in, 1) * kPanel), 1);
+    if (!shared) u_ = transform_all_filters<F>(filters_);
   }
   int64_t count() const { return filters_.taps ? ceil_div(n_panels_, panels_) : n_panels_ * n_groups_; }
   // Floats of the result.
@@ -123,8 +126,7 @@ class GradientBlocks {
     if (filters_.taps == nullptr) return weight_block<F>(g_, p, index % n_groups_, index / n_groups_, first, out);
     const int64_t begin = index * panels_, end = std::min(begin + panels_, n_panels_), o = begin * kPanel;
     if (first) {
-      const int64_t width = std::min(end * kPanel, columns_) - o;
-      for (int64_t i = 0; i < g_.n_in; ++i) std::fill_n(out + i * columns_ + o, width, 0.f);
+      for (int64_t i = 0; i < g_.n_in; ++i) std::fill_n(out + i * columns_ + o, (end - begin) * kPanel, 0.f);
     }
     scale_block<F>(g_, p, begin, end, points_of(begin, end), columns_, out);
   }
@@ -142,13 +144,13 @@ class GradientBlocks {
   }
 
   Geometry g_;
-  int64_t columns_, n_panels_, n_groups_, panels_;
+  int64_t columns_, n_panels_, n_groups_, panels_ = 1;
   Filters filters_;
   const float* u_ = nullptr;
 };
 
 // out as packed taps (dL/dW) or, where taps are given, [I, columns] (Σ_taps W·dL/dW); columns of no output
-// stay as they are, and so does everything where there are no pixels.
+// stay as they are or become zeros; where there are no pixels, everything stays.
 template <class F>
 void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const float* dz, const float* taps,
                      int64_t columns, float* out) {

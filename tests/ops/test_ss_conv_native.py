@@ -197,18 +197,30 @@ def test_a_small_norm_costs_a_filters_scale_gradient_six_bits_at_most(gamma: flo
 @by_granularity
 @pytest.mark.parametrize(
     "size",
-    [(3, 512, 512, 4, 4, 3), (50, 384, 384, 2, 2, 3), (1, 384, 400, 5, 9, 3)],
-    ids=["512@4", "384@2", "uneven"],
+    [(3, 512, 512, 4, 4, 3), (200, 520, 512, 2, 2, 3), (1, 384, 400, 5, 9, 3)],
+    ids=["512@4", "520@2", "uneven"],
 )
 def test_large_filters_on_few_pixels(size: tuple[int, ...], granularity: str) -> None:
-    """Threads share the tiles, in more than one round of them at 384@2."""
+    """Threads share the tiles, in more than one round of them at 520@2."""
     x, conv = case(size, granularity, seed=7)
     assert_native_agrees(x, conv, LEAKY)
 
 
 def test_a_large_weight_gradient_shares_its_tiles() -> None:
-    x, conv = case((2, 192, 200, 12, 20, 3), None, seed=8)
+    x, conv = case((9, 192, 200, 12, 20, 3), None, seed=8)  # in more than one round
     assert_native_agrees(x, conv, LEAKY, trained=("x", "weight", "bias"))
+
+
+# Tiles of 6 and of 4, cut off on both sides; what is pooled has odd sides.
+@pytest.mark.parametrize("size", [(4, 16, 32, 107, 109, 3), (92, 16, 32, 21, 19, 3), (120, 16, 48, 15, 15, 3)])
+@pytest.mark.parametrize("form", [Epilogue(), LEAKY, Epilogue("before_residual", 0.1, pool=True)])
+def test_results_past_the_caches(size: tuple[int, ...], form: Epilogue) -> None:
+    """Of a megabyte and more, in whole lines: the output, its gradient before the epilogue, the images'."""
+    x, conv = case(size, seed=6)
+    images, _, channels, height, width, _ = size
+    step = 2 if form.pool else 1
+    assert min(images * channels * (height // step) * (width // step), x.numel()) * 4 >= 2**20
+    assert_native_agrees(x, conv, form, residual_of(x, conv) if form.activation == "before_residual" else None)
 
 
 def test_any_memory_layout_gives_the_same_bits() -> None:

@@ -43,7 +43,7 @@ def test_a_probe_of_every_row_makes_nothing(study: Study) -> None:
         found = costs.of(row, 1, 4)
         assert found.seconds > 0
         assert found.source == "probe"
-    assert costs.of_pretraining([study.output / "seed0" / "pretrain"]).source == "probe"
+    assert costs.of_pretraining([study.experiment(0)]).source == "probe"
     assert not study.output.exists()
 
 
