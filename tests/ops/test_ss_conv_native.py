@@ -212,7 +212,9 @@ def test_a_large_weight_gradient_shares_its_tiles() -> None:
 
 
 # Tiles of 6 and of 4, cut off on both sides; what is pooled has odd sides.
-@pytest.mark.parametrize("size", [(4, 16, 32, 107, 109, 3), (92, 16, 32, 21, 19, 3), (120, 16, 48, 15, 15, 3)])
+@pytest.mark.parametrize(
+    "size", [(4, 16, 32, 107, 109, 3), (92, 16, 32, 21, 19, 3), (120, 16, 48, 15, 15, 3)]
+)
 @pytest.mark.parametrize("form", [Epilogue(), LEAKY, Epilogue("before_residual", 0.1, pool=True)])
 def test_results_past_the_caches(size: tuple[int, ...], form: Epilogue) -> None:
     """Of a megabyte and more, in whole lines: the output, its gradient before the epilogue, the images'."""
@@ -220,7 +222,9 @@ def test_results_past_the_caches(size: tuple[int, ...], form: Epilogue) -> None:
     images, _, channels, height, width, _ = size
     step = 2 if form.pool else 1
     assert min(images * channels * (height // step) * (width // step), x.numel()) * 4 >= 2**20
-    assert_native_agrees(x, conv, form, residual_of(x, conv) if form.activation == "before_residual" else None)
+    assert_native_agrees(
+        x, conv, form, residual_of(x, conv) if form.activation == "before_residual" else None
+    )
 
 
 def test_any_memory_layout_gives_the_same_bits() -> None:
