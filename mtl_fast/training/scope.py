@@ -93,9 +93,10 @@ class Scope:
             known = [row for row in rows if row.plain_key in chosen]
             cells += make([self.wanted(row, n, chosen[row.plain_key]) for row in known for n in shots], name)
         whole = [row for row in self.rows if row.is_whole_network]
-        for row in whole:
-            for n in self.whole_network_shots:
-                cells += make([self.wanted(row, n, self.candidates(row)[0])], f"whole network, {n}-shot")
+        for n in self.whole_network_shots if whole else ():
+            cells += make(
+                [self.wanted(row, n, self.candidates(row)[0]) for row in whole], f"whole network, {n}-shot"
+            )
         return {(cell.row.key, cell.n_shot): cell for cell in cells}
 
 
