@@ -228,13 +228,21 @@ void transform_filters(const Filters& f, int64_t n0, float* u) {
   }
 }
 
-// All panels one after the other, by all threads.
+// The panels [begin, end) one after the other.
+template <class F>
+void transform_panels(const Filters& f, int64_t begin, int64_t end, float* u) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    transform_filters<F>(f, panel * kPanel, u + (panel - begin) * panel_points<F>(f.K));
+  }
+}
+
+// All of them, by all threads.
 template <class F>
 float* transform_all_filters(const Filters& f) {
   const int64_t n_panels = ceil_div(f.N, kPanel), size = panel_points<F>(f.K);
   float* u = scratch<FilterPointsTag>(n_panels * size);
   at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) transform_filters<F>(f, panel * kPanel, u + panel * size);
+    transform_panels<F>(f, begin, end, u + begin * size);
   });
   return u;
 }

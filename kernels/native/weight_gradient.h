@@ -137,9 +137,7 @@ class GradientBlocks {
     const int64_t size = panel_points<F>(g_.n_in);
     if (u_) return u_ + begin * size;
     float* u = scratch<FilterPointsTag>(panels_ * size);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      transform_filters<F>(filters_, panel * kPanel, u + (panel - begin) * size);
-    }
+    transform_panels<F>(filters_, begin, end, u);
     return u;
   }
 

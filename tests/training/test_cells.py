@@ -86,7 +86,7 @@ def test_one_worker_pretrains_a_seed_while_others_go_on(
             return Outcome([self.seed / 10], 0, [], None)
 
     monkeypatch.setattr(cells, "Experiment", FakeExperiment)
-    wanted = [Wanted(row, 1, None, (0, 7, 2)) for row in (FT_HEAD, SS)] + [Wanted(MAML, 1, None, (0, 7, 2))]
+    wanted = [Wanted(row, 1, None, (0, 7, 2)) for row in (FT_HEAD, SS, MAML)]
     with ThreadPoolExecutor(2) as pool:
         found = cells.run_cells(pool, cells.Study(Config(), tmp_path), wanted, "test")
     assert [cell.accuracies() for cell in found] == [[[0.0], [0.7], [0.2]]] * 3
