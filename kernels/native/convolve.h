@@ -7,32 +7,51 @@ namespace mtl {
 
 struct ProductsTag {};
 
-// Products and epilogue of `n_tiles` tiles from `first` on, for the panel of channels at `o`.
+// Points of the input: `n_tiles` tiles from `first` on, read by one thread or shared by all.
+struct InputPoints {
+  float* v;
+  int64_t row, stride, first, n_tiles;
+  bool shared;
+  float* at(int64_t point, int64_t tile) const { return v + point * stride + tile * row; }
+};
+
+// What is read from far away after the product of `point` with the rows at tile `t`, K summed channels: the next rows of
+// shared tiles; else the filters of the next point, a part of them beside each of the first rows.
 template <class F>
-void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, int64_t first, int64_t n_tiles,
-                  const float* v, int64_t row, int64_t stride, const float* u, int64_t o, float* out,
-                  uint8_t* codes) {
-  const int64_t m_stride = panel_stride(n_tiles);
+Ahead far_ahead(const InputPoints& p, int64_t point, int64_t t, const float* filter, int64_t K) {
+  if (p.shared) {
+    const bool last = t + kRows >= p.n_tiles;
+    return {last ? p.at((point + 1) % F::kPoints, 0) : p.at(point, t + kRows), kRows * p.row / kLine};
+  }
+  const int64_t part = K / kStepsALine, begin = t / kRows * part, lines = K * kPanel / kLine;
+  if (F::kFilterPoints == 1 || K < kFarChannels || begin >= lines) return {};
+  return {filter + panel_stride(K) + begin * kLine, std::min(part, lines - begin)};
+}
+
+// Products and epilogue of these tiles, for the panel of channels at `o` and its transformed filters u.
+template <class F>
+void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, const InputPoints& p, const float* u,
+                  int64_t o, float* out, uint8_t* codes) {
+  const int64_t m_stride = panel_stride(p.n_tiles);
   float* m = scratch<ProductsTag>(F::kPoints * m_stride);
   for (int64_t point = 0; point < F::kPoints; ++point) {
     const float* filter = filter_point<F>(u, point, g.n_in);
     // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
-    for (int64_t t = 0; t < n_tiles; t += kRows) {
-      product<Left::kRows>({v + point * stride + t * row, row, filter, kPanel, g.n_in},
-                           static_cast<int>(std::min<int64_t>(kRows, n_tiles - t)), g.n_out - o,
-                           Kept{m + point * m_stride + t * kPanel, kPanel});
+    for (int64_t t = 0; t < p.n_tiles; t += kRows) {
+      product<Left::kRows>(
+          {p.at(point, t), p.row, filter, kPanel, g.n_in, far_ahead<F>(p, point, t, filter, g.n_in)},
+          static_cast<int>(std::min<int64_t>(kRows, p.n_tiles - t)), g.n_out - o,
+          Kept{m + point * m_stride + t * kPanel, kPanel});
     }
   }
   alignas(kLine * sizeof(float)) float lines[F::kTile * F::kTile * kPanel];
   const bool by_lines = kStreams && kLanes < kLine && e.streams;
-  for (int64_t t = 0; t < n_tiles; ++t) {
-    const auto at = grid.place(first + t);
+  for (int64_t t = 0; t < p.n_tiles; ++t) {
+    const auto at = grid.place(p.first + t);
     for (int half = 0; half < kPanel && o + half < g.n_out; half += kLanes) {
-      Vec points[F::kPatch][F::kPatch], y[F::kTile][F::kTile];
-      MTL_UNROLL for (int i = 0; i < F::kPatch; ++i)
-        MTL_UNROLL for (int j = 0; j < F::kPatch; ++j)
-          points[i][j] = load(m + (i * F::kPatch + j) * m_stride + t * kPanel + half);
-      F::output(points, y);
+      Vec y[F::kTile][F::kTile];
+      const float* own = m + t * kPanel + half;
+      F::output([=](int i, int j) MTL_INLINED { return load(own + (i * F::kPatch + j) * m_stride); }, y);
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o - half));
       if (by_lines) {
         finish_tile<F::kTile, true>(e, g, at, o + half, lanes, y, lines + half, codes);
@@ -55,15 +74,15 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
     // Large filters: all threads work on the same tiles, each on its own panels of filters.
     float* v = scratch<InputPointsTag>(F::kPoints * stride);
     for (int64_t first = 0; first < grid.count; first += plan.tiles) {
-      const int64_t n_tiles = std::min(plan.tiles, grid.count - first);
-      at::parallel_for(0, n_tiles, 4, [&](int64_t begin, int64_t end) {
-        transform_input<F>(g, grid, x, first + begin, first + end, v + begin * row, row, stride);
+      const InputPoints p{v, row, stride, first, std::min(plan.tiles, grid.count - first), true};
+      at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) {
+        transform_input<F>(g, grid, x, first + begin, first + end, p.at(0, begin), row, stride);
       });
       at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
         float* u = scratch<FilterPointsTag>(panel_size);
         for (int64_t panel = begin; panel < end; ++panel) {
           transform_filters<F>(filters, panel * kPanel, u);
-          finish_panel<F>(g, grid, e, first, n_tiles, v, row, stride, u, panel * kPanel, out, codes);
+          finish_panel<F>(g, grid, e, p, u, panel * kPanel, out, codes);
         }
         end_streams();
       });
@@ -75,11 +94,11 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
   at::parallel_for(0, ceil_div(grid.count, plan.tiles), 1, [&](int64_t begin, int64_t end) {
     float* v = scratch<InputPointsTag>(F::kPoints * stride);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * plan.tiles, n_tiles = std::min(plan.tiles, grid.count - first);
-      transform_input<F>(g, grid, x, first, first + n_tiles, v, row, stride);
+      const int64_t first = block * plan.tiles;
+      const InputPoints p{v, row, stride, first, std::min(plan.tiles, grid.count - first), false};
+      transform_input<F>(g, grid, x, first, first + p.n_tiles, v, row, stride);
       for (int64_t panel = 0; panel < n_panels; ++panel) {
-        finish_panel<F>(g, grid, e, first, n_tiles, v, row, stride, u + panel * panel_size, panel * kPanel, out,
-                        codes);
+        finish_panel<F>(g, grid, e, p, u + panel * panel_size, panel * kPanel, out, codes);
       }
     }
     end_streams();

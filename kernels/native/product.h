@@ -11,12 +11,22 @@ constexpr int kPanel = 2 * kLanes;                // columns of a panel
 // The left matrix lies by rows, a[r·lda + k], or transposed, a[k·lda + r].
 enum class Left { kRows, kTransposed };
 
+// Lines that are read from far away after a product, fetched beside it: one every few steps, more at once would stop its
+// own loads.
+struct Ahead {
+  const float* data = nullptr;
+  int64_t lines = 0;
+};
+
+constexpr int kStepsALine = 2;
+
 // The left matrix [rows, K], the right one b [K, ldb].
 struct Factors {
   const float* a;
   int64_t lda;
   const float* b;
   int64_t ldb, K;
+  Ahead ahead = {};
 };
 
 // What is done with a product's vectors: kept in c [rows, ldc].
@@ -36,7 +46,7 @@ inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) sums[r][v] = Vec{};
-  for (int64_t k = 0; k < f.K; ++k) {
+  const auto step = [&](int64_t k) MTL_INLINED {
     Vec columns[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) columns[v] = load(f.b + k * f.ldb + v * kLanes);
@@ -46,7 +56,13 @@ inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sums[r][v] = sums[r][v] + x * columns[v];
     }
+  };
+  const int64_t n_lines = std::min(f.ahead.lines, f.K / kStepsALine);
+  for (int64_t line = 0; line < n_lines; ++line) {
+    __builtin_prefetch(f.ahead.data + line * kLine, 0, 2);
+    MTL_UNROLL for (int i = 0; i < kStepsALine; ++i) step(line * kStepsALine + i);
   }
+  for (int64_t k = n_lines * kStepsALine; k < f.K; ++k) step(k);
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2

@@ -105,24 +105,17 @@ inline __attribute__((always_inline)) void each_window(
   for (int64_t t = begin; t < end; ++t) {
     const Window<SIDE> window = next;
     next = window_of(std::min(t + 1, grid.count - 1));
-    for (int64_t c = 0; c < images.channels; c += kLanes) {
+    const auto vector = [&](int64_t c, auto lanes) MTL_INLINED {
       // A tile ahead, what is new in it: the processor's own prefetcher loses its way between the rows of tiles.
       MTL_UNROLL for (int i = 0; i < SIDE; ++i)
         MTL_UNROLL for (int j = SIDE - TILE; j < SIDE; ++j) __builtin_prefetch(next.pixel[i][j] + c);
-      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, images.channels - c));
-      Vec pixels[SIDE][SIDE];
-      MTL_UNROLL for (int i = 0; i < SIDE; ++i)
-        MTL_UNROLL for (int j = 0; j < SIDE; ++j) pixels[i][j] = load_part(window.pixel[i][j] + c, lanes);
-      fn(pixels, points + (t - begin) * row + c);
-    }
+      fn([&](int i, int j) MTL_INLINED { return load_part(window.pixel[i][j] + c, lanes); },
+         points + (t - begin) * row + c);
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= images.channels; c += kLanes) vector(c, std::integral_constant<int, kLanes>{});
+    if (c < images.channels) vector(c, static_cast<int>(images.channels - c));
   }
-}
-
-// The points of one vector of channels, `stride` apart.
-template <int PATCH>
-inline __attribute__((always_inline)) void store_points(const Vec (&points)[PATCH][PATCH], int64_t stride, float* out) {
-  MTL_UNROLL for (int i = 0; i < PATCH; ++i)
-    MTL_UNROLL for (int j = 0; j < PATCH; ++j) store(out + (i * PATCH + j) * stride, points[i][j]);
 }
 
 // Bᵀ x B of tiles [begin, end) -> points [P, stride / row, row], tile `begin` at `points`.
@@ -130,9 +123,10 @@ template <class F>
 void transform_input(const Geometry& g, const TileGrid& grid, const float* x, int64_t begin, int64_t end,
                      float* points, int64_t row, int64_t stride) {
   each_window<F::kPatch, F::kTile>(grid, Images{x, g.h, g.w, g.n_in}, g.padding, begin, end, points, row,
-                                   [&](Vec (&d)[F::kPatch][F::kPatch], float* out) {
-                                     F::input(d);
-                                     store_points(d, stride, out);
+                                   [=](const auto& d, float* out) MTL_INLINED {
+                                     F::input(d, [=](int i, int j, Vec v) MTL_INLINED {
+                                       store(out + (i * F::kPatch + j) * stride, v);
+                                     });
                                    });
 }
 
@@ -141,10 +135,10 @@ template <class F>
 void transform_output_gradient(const Geometry& g, const TileGrid& grid, const float* dy, int64_t begin,
                                int64_t end, float* points, int64_t row, int64_t stride) {
   each_window<F::kTile, F::kTile>(grid, Images{dy, g.out_h(), g.out_w(), g.n_out}, 0, begin, end, points, row,
-                                  [&](const Vec (&d)[F::kTile][F::kTile], float* out) {
-                                    Vec m[F::kPatch][F::kPatch];
-                                    F::output_gradient(d, m);
-                                    store_points(m, stride, out);
+                                  [=](const auto& d, float* out) MTL_INLINED {
+                                    F::output_gradient(d, [=](int i, int j, Vec v) MTL_INLINED {
+                                      store(out + (i * F::kPatch + j) * stride, v);
+                                    });
                                   });
 }
 
@@ -163,6 +157,9 @@ struct Filters {
   int64_t K, N;
   Scaling scaling;
 };
+
+// Transformed taps of so many channels are read from the last cache, and fetched ahead; fewer need no help (bench/NOTES.md).
+constexpr int64_t kFarChannels = 256;
 
 struct FactorsTag {};
 struct FilterPointsTag {};

@@ -21,6 +21,10 @@ constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
 #endif
 
+#define MTL_UNROLL _Pragma("GCC unroll 16")
+// Of lambdas: a vector handed to a call would go through memory.
+#define MTL_INLINED __attribute__((always_inline))
+
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * sizeof(float))));
 

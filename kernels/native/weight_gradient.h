@@ -94,8 +94,10 @@ void scale_block(const Geometry& g, const GradientPoints& p, int64_t begin, int6
       const float* taps = filter_point<F>(u + (panel - begin) * panel_points<F>(g.n_in), point, g.n_in);
       const int64_t o = panel * kPanel;
       for (int64_t i0 = 0; i0 < g.n_in; i0 += kRows) {
-        product<Left::kTransposed>(p.factors(point, i0, o), static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0)),
-                                   g.n_out - o, Weighted{taps + i0 * kPanel, out + i0 * columns + o, columns});
+        Factors factors = p.factors(point, i0, o);
+        if (g.n_in >= kFarChannels) factors.ahead = {taps + (i0 + kRows) * kPanel, kRows * kPanel / kLine};
+        product<Left::kTransposed>(factors, static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0)), g.n_out - o,
+                                   Weighted{taps + i0 * kPanel, out + i0 * columns + o, columns});
       }
     }
   }

@@ -57,7 +57,6 @@ struct Matrices<6, 3> {
                                      {0, 1, -1, 32, -32, .03125f, -.03125f, 1}};
 };
 
-#define MTL_UNROLL _Pragma("GCC unroll 16")
 
 // Σ_j row[j]·in[j] over the columns first, first + step, …: all of them or those of one parity.
 template <int C>
@@ -123,18 +122,20 @@ struct Winograd {
   static constexpr int kFilterPoints = kPoints;     // distinct transformed taps
   static constexpr Transposed<M, kPatch> kA{Matrices<M, R>::at};
 
-  // Bᵀ d B in place, [T, T].
-  static inline __attribute__((always_inline)) void input(Vec (&d)[kPatch][kPatch]) {
+  // Bᵀ d B, d(i, j) -> out(i, j, point), [T, T] both.
+  template <class In, class Out>
+  static inline __attribute__((always_inline)) void input(const In& d, const Out& out) {
+    Vec half[kPatch][kPatch];
     MTL_UNROLL for (int j = 0; j < kPatch; ++j) {
-      Vec in[kPatch], out[kPatch];
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) in[i] = d[i][j];
-      apply(Matrices<M, R>::bt, in, out);
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) d[i][j] = out[i];
+      Vec in[kPatch], column[kPatch];
+      MTL_UNROLL for (int i = 0; i < kPatch; ++i) in[i] = d(i, j);
+      apply(Matrices<M, R>::bt, in, column);
+      MTL_UNROLL for (int i = 0; i < kPatch; ++i) half[i][j] = column[i];
     }
     MTL_UNROLL for (int i = 0; i < kPatch; ++i) {
-      Vec out[kPatch];
-      apply(Matrices<M, R>::bt, d[i], out);
-      MTL_UNROLL for (int j = 0; j < kPatch; ++j) d[i][j] = out[j];
+      Vec row[kPatch];
+      apply(Matrices<M, R>::bt, half[i], row);
+      MTL_UNROLL for (int j = 0; j < kPatch; ++j) out(i, j, row[j]);
     }
   }
 
@@ -163,29 +164,33 @@ struct Winograd {
     }
   }
 
-  // Aᵀ m A: [T, T] → [M, M].
-  static inline __attribute__((always_inline)) void output(
-      const Vec (&m)[kPatch][kPatch], Vec (&y)[M][M]) {
+  // Aᵀ m A, m(i, j) [T, T] → y [M, M].
+  template <class In>
+  static inline __attribute__((always_inline)) void output(const In& m, Vec (&y)[M][M]) {
     Vec half[M][kPatch];
     MTL_UNROLL for (int j = 0; j < kPatch; ++j) {
       Vec in[kPatch], out[M];
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) in[i] = m[i][j];
+      MTL_UNROLL for (int i = 0; i < kPatch; ++i) in[i] = m(i, j);
       apply_transposed(kA.a, in, out);
       MTL_UNROLL for (int i = 0; i < M; ++i) half[i][j] = out[i];
     }
     MTL_UNROLL for (int i = 0; i < M; ++i) apply_transposed(kA.a, half[i], y[i]);
   }
 
-  // A dy Aᵀ, the transpose of `output`: [M, M] → [T, T].
-  static inline __attribute__((always_inline)) void output_gradient(
-      const Vec (&dy)[M][M], Vec (&dm)[kPatch][kPatch]) {
-    Vec half[M][kPatch];
-    MTL_UNROLL for (int i = 0; i < M; ++i) apply(kA.a, dy[i], half[i]);
-    MTL_UNROLL for (int j = 0; j < kPatch; ++j) {
-      Vec in[M], out[kPatch];
-      MTL_UNROLL for (int i = 0; i < M; ++i) in[i] = half[i][j];
-      apply(kA.a, in, out);
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) dm[i][j] = out[i];
+  // A dy Aᵀ, the transpose of `output`: dy(i, j) [M, M] -> out(i, j, point) [T, T].
+  template <class In, class Out>
+  static inline __attribute__((always_inline)) void output_gradient(const In& dy, const Out& out) {
+    Vec half[kPatch][M];
+    MTL_UNROLL for (int j = 0; j < M; ++j) {
+      Vec in[M], column[kPatch];
+      MTL_UNROLL for (int i = 0; i < M; ++i) in[i] = dy(i, j);
+      apply(kA.a, in, column);
+      MTL_UNROLL for (int i = 0; i < kPatch; ++i) half[i][j] = column[i];
+    }
+    MTL_UNROLL for (int i = 0; i < kPatch; ++i) {
+      Vec row[kPatch];
+      apply(kA.a, half[i], row);
+      MTL_UNROLL for (int j = 0; j < kPatch; ++j) out(i, j, row[j]);
     }
   }
 };
@@ -195,10 +200,19 @@ template <int M>
 struct Winograd<M, 1> {
   static constexpr int kTile = M, kTaps = 1, kPatch = M, kPoints = M * M, kFilterPoints = 1;
 
-  static inline void input(Vec (&)[M][M]) {}
-  static inline void output(const Vec (&m)[M][M], Vec (&y)[M][M]) { std::memcpy(&y, &m, sizeof y); }
-  static inline void output_gradient(const Vec (&dy)[M][M], Vec (&dm)[M][M]) {
-    std::memcpy(&dm, &dy, sizeof dm);
+  template <class In, class Out>
+  static inline __attribute__((always_inline)) void input(const In& d, const Out& out) {
+    MTL_UNROLL for (int i = 0; i < M; ++i)
+      MTL_UNROLL for (int j = 0; j < M; ++j) out(i, j, d(i, j));
+  }
+  template <class In>
+  static inline __attribute__((always_inline)) void output(const In& m, Vec (&y)[M][M]) {
+    MTL_UNROLL for (int i = 0; i < M; ++i)
+      MTL_UNROLL for (int j = 0; j < M; ++j) y[i][j] = m(i, j);
+  }
+  template <class In, class Out>
+  static inline __attribute__((always_inline)) void output_gradient(const In& dy, const Out& out) {
+    input(dy, out);
   }
 };
 
