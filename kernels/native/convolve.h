@@ -9,10 +9,10 @@ struct ProductsTag {};
 
 // Points of the input: `n_tiles` tiles from `first` on, read by one thread or shared by all.
 struct InputPoints {
-  float* v;
-  int64_t row, stride, first, n_tiles;
+  Points points;
+  int64_t first, n_tiles;
   bool shared;
-  float* at(int64_t point, int64_t tile) const { return v + point * stride + tile * row; }
+  TileRange range(int64_t begin, int64_t end) const { return {points, first, begin, end}; }
 };
 
 // What is read from far away after the product of `point` with the rows at tile `t`, K summed channels: the next rows of
@@ -21,7 +21,8 @@ template <class F>
 Ahead far_ahead(const InputPoints& p, int64_t point, int64_t t, const float* filter, int64_t K) {
   if (p.shared) {
     const bool last = t + kRows >= p.n_tiles;
-    return {last ? p.at((point + 1) % F::kPoints, 0) : p.at(point, t + kRows), kRows * p.row / kLine};
+    return {last ? p.points.at((point + 1) % F::kPoints, 0, 0) : p.points.at(point, 0, t + kRows),
+            kRows * p.points.tile / kLine};
   }
   const int64_t part = K / kStepsALine, begin = t / kRows * part, lines = K * kPanel / kLine;
   if (F::kFilterPoints == 1 || K < kFarChannels || begin >= lines) return {};
@@ -39,7 +40,8 @@ void finish_panel(const Geometry& g, const TileGrid& grid, const Epilogue& e, co
     // [n_tiles, I] @ [I, kPanel] -> [n_tiles, kPanel]
     for (int64_t t = 0; t < p.n_tiles; t += kRows) {
       product<Left::kRows>(
-          {p.at(point, t), p.row, filter, kPanel, g.n_in, far_ahead<F>(p, point, t, filter, g.n_in)},
+          {p.points.at(point, 0, t), p.points.tile, filter, kPanel, g.n_in,
+           far_ahead<F>(p, point, t, filter, g.n_in)},
           static_cast<int>(std::min<int64_t>(kRows, p.n_tiles - t)), g.n_out - o,
           Kept{m + point * m_stride + t * kPanel, kPanel});
     }
@@ -69,14 +71,13 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
               float* out, uint8_t* codes) {
   const TileGrid grid(g, F::kTile);
   const int64_t n_panels = ceil_div(g.n_out, kPanel), panel_size = panel_points<F>(g.n_in);
-  const int64_t row = points_row(g.n_in), stride = plan.tiles * row;
   if (plan.shared) {
     // Large filters: all threads work on the same tiles, each on its own panels of filters.
-    float* v = scratch<InputPointsTag>(F::kPoints * stride);
+    const Points points = points_by_tile<F, InputPointsTag>(plan.tiles, g.n_in);
     for (int64_t first = 0; first < grid.count; first += plan.tiles) {
-      const InputPoints p{v, row, stride, first, std::min(plan.tiles, grid.count - first), true};
+      const InputPoints p{points, first, std::min(plan.tiles, grid.count - first), true};
       at::parallel_for(0, p.n_tiles, 4, [&](int64_t begin, int64_t end) {
-        transform_input<F>(g, grid, x, first + begin, first + end, p.at(0, begin), row, stride);
+        transform_input<F>(g, grid, x, p.range(begin, end));
       });
       at::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
         float* u = scratch<FilterPointsTag>(panel_size);
@@ -92,11 +93,11 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
   // Small filters: transformed once, then every thread takes its own tiles through all of them.
   const float* u = transform_all_filters<F>(filters);
   at::parallel_for(0, ceil_div(grid.count, plan.tiles), 1, [&](int64_t begin, int64_t end) {
-    float* v = scratch<InputPointsTag>(F::kPoints * stride);
+    const Points points = points_by_tile<F, InputPointsTag>(plan.tiles, g.n_in);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * plan.tiles;
-      const InputPoints p{v, row, stride, first, std::min(plan.tiles, grid.count - first), false};
-      transform_input<F>(g, grid, x, first, first + p.n_tiles, v, row, stride);
+      const InputPoints p{points, first, std::min(plan.tiles, grid.count - first), false};
+      transform_input<F>(g, grid, x, p.range(0, p.n_tiles));
       for (int64_t panel = 0; panel < n_panels; ++panel) {
         finish_panel<F>(g, grid, e, p, u + panel * panel_size, panel * kPanel, out, codes);
       }

@@ -1,6 +1,8 @@
 // Matrix products on register tiles: up to kRows rows × one or two vectors of columns.
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace mtl {
@@ -10,6 +12,9 @@ constexpr int kPanel = 2 * kLanes;                // columns of a panel
 
 // The left matrix lies by rows, a[r·lda + k], or transposed, a[k·lda + r].
 enum class Left { kRows, kTransposed };
+
+// Channels that lie together for a product that sums over tiles: at least a line.
+constexpr int64_t kStrip = kPanel > kLine ? kPanel : kLine;
 
 // Lines that are read from far away after a product, fetched beside it: one every few steps, more at once would stop its
 // own loads.
@@ -42,19 +47,14 @@ inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0
   const int64_t row = LEFT == Left::kRows ? f.lda : 1, column = LEFT == Left::kRows ? 1 : f.lda;
   const float* a = f.a + r0 * row;
   Vec sums[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sums[r][v] = Vec{};
+  MTL_UNROLL for (int r = 0; r < ROWS; ++r)
+    MTL_UNROLL for (int v = 0; v < VECTORS; ++v) sums[r][v] = Vec{};
   const auto step = [&](int64_t k) MTL_INLINED {
     Vec columns[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) columns[v] = load(f.b + k * f.ldb + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
+    MTL_UNROLL for (int v = 0; v < VECTORS; ++v) columns[v] = load(f.b + k * f.ldb + v * kLanes);
+    MTL_UNROLL for (int r = 0; r < ROWS; ++r) {
       const Vec x = broadcast(a[r * row + k * column]);
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] = sums[r][v] + x * columns[v];
+      MTL_UNROLL for (int v = 0; v < VECTORS; ++v) sums[r][v] = sums[r][v] + x * columns[v];
     }
   };
   const int64_t n_lines = std::min(f.ahead.lines, f.K / kStepsALine);
@@ -63,10 +63,8 @@ inline __attribute__((always_inline)) void product_rows(const Factors& f, int r0
     MTL_UNROLL for (int i = 0; i < kStepsALine; ++i) step(line * kStepsALine + i);
   }
   for (int64_t k = n_lines * kStepsALine; k < f.K; ++k) step(k);
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) finish(r0 + r, v * kLanes, sums[r][v]);
+  MTL_UNROLL for (int r = 0; r < ROWS; ++r)
+    MTL_UNROLL for (int v = 0; v < VECTORS; ++v) finish(r0 + r, v * kLanes, sums[r][v]);
 }
 
 // The same for rows <= kRows: a whole tile at once, less in a few parts, so that few kernels exist.

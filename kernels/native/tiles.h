@@ -1,6 +1,6 @@
 // What convolution, its gradients and their epilogue share: geometry, and moving tiles between images and points.
 //
-// Images are [N, H, W, C] in memory. Points are [P, n_tiles, C]: value ξ of every tile, one matrix a point.
+// Images are [N, H, W, C] in memory. Points are value ξ of every tile, a matrix of tiles by channels for each.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -52,11 +52,32 @@ struct TileGrid {
   }
 };
 
-// A row of points: a little longer than the channels, so that rows of 2^k floats do not share cache sets.
-inline int64_t points_row(int64_t channels) { return ceil_div(channels, kLanes) * kLanes + 16; }
-
-// From one point to the next of filters and products: not a power of two either, for the same reason.
+// From one point to the next: not a power of two, so that a value's points do not share cache sets.
 inline int64_t panel_stride(int64_t rows) { return rows * kPanel + 16; }
+
+// Points of tiles: from a point, a strip of kStrip channels, a tile to the next.
+struct Points {
+  float* data;
+  int64_t point, strip, tile;
+  float* at(int64_t p, int64_t channel, int64_t t) const {
+    return data + p * point + channel / kStrip * strip + t * tile + channel % kStrip;
+  }
+};
+
+// A thread's own for one purpose (`Tag`), [P, tiles, channels]: for products that sum over channels. Rows are a little
+// longer, so that those of 2^k floats do not share cache sets.
+template <class F, class Tag>
+Points points_by_tile(int64_t tiles, int64_t channels) {
+  const int64_t row = ceil_div(channels, kStrip) * kStrip + 16;
+  return {scratch<Tag>(F::kPoints * tiles * row), tiles * row, kStrip, row};
+}
+
+// The same as [P, strips, tiles, kStrip]: products that sum over tiles read whole lines, one after the other.
+template <class F, class Tag>
+Points points_by_strip(int64_t tiles, int64_t channels) {
+  const int64_t strip = tiles * kStrip, point = ceil_div(channels, kStrip) * strip + 16;
+  return {scratch<Tag>(F::kPoints * point), point, strip, kStrip};
+}
 
 // Dense images [N, H, W, channels].
 struct Images {
@@ -90,27 +111,31 @@ inline const float* zeros(int64_t channels) {
   return z;
 }
 
-// fn(window, out) for every vector of channels of the tiles [begin, end): the windows of SIDE×SIDE pixels around each
-// tile with `margin` pixels before it, and where its points go: tile `begin` at `points`, rows of `row`.
+// Tiles [begin, end) of `points`, the first of which is tile `first` of the grid.
+struct TileRange {
+  Points points;
+  int64_t first, begin, end;
+};
+
+// fn(pixels, out) for every vector of channels of these tiles: pixels(i, j) of the windows of SIDE×SIDE around each tile,
+// with `margin` pixels before it, and where the vector's first point goes.
 template <int SIDE, int TILE, class Fn>
 inline __attribute__((always_inline)) void each_window(
-    const TileGrid& grid, const Images& images, int64_t margin, int64_t begin, int64_t end, float* points, int64_t row,
-    const Fn& fn) {
+    const TileGrid& grid, const Images& images, int64_t margin, const TileRange& range, const Fn& fn) {
   const float* zero = zeros(images.channels);
   const auto window_of = [&](int64_t t) {
-    const auto at = grid.place(t);
+    const auto at = grid.place(std::min(range.first + t, grid.count - 1));
     return Window<SIDE>(images, zero, at.image, at.top - margin, at.left - margin);
   };
-  Window<SIDE> next = window_of(begin);
-  for (int64_t t = begin; t < end; ++t) {
+  Window<SIDE> next = window_of(range.begin);
+  for (int64_t t = range.begin; t < range.end; ++t) {
     const Window<SIDE> window = next;
-    next = window_of(std::min(t + 1, grid.count - 1));
+    next = window_of(t + 1);
     const auto vector = [&](int64_t c, auto lanes) MTL_INLINED {
       // A tile ahead, what is new in it: the processor's own prefetcher loses its way between the rows of tiles.
       MTL_UNROLL for (int i = 0; i < SIDE; ++i)
         MTL_UNROLL for (int j = SIDE - TILE; j < SIDE; ++j) __builtin_prefetch(next.pixel[i][j] + c);
-      fn([&](int i, int j) MTL_INLINED { return load_part(window.pixel[i][j] + c, lanes); },
-         points + (t - begin) * row + c);
+      fn([&](int i, int j) MTL_INLINED { return load_part(window.pixel[i][j] + c, lanes); }, range.points.at(0, c, t));
     };
     int64_t c = 0;
     for (; c + kLanes <= images.channels; c += kLanes) vector(c, std::integral_constant<int, kLanes>{});
@@ -118,27 +143,33 @@ inline __attribute__((always_inline)) void each_window(
   }
 }
 
-// Bᵀ x B of tiles [begin, end) -> points [P, stride / row, row], tile `begin` at `points`.
+// Stores a vector's points.
+template <int PATCH>
+struct PointStore {
+  float* out;
+  int64_t stride;
+  inline __attribute__((always_inline)) void operator()(int i, int j, Vec point) const {
+    store(out + (i * PATCH + j) * stride, point);
+  }
+};
+
+// Bᵀ x B of these tiles of x [N, H, W, I].
 template <class F>
-void transform_input(const Geometry& g, const TileGrid& grid, const float* x, int64_t begin, int64_t end,
-                     float* points, int64_t row, int64_t stride) {
-  each_window<F::kPatch, F::kTile>(grid, Images{x, g.h, g.w, g.n_in}, g.padding, begin, end, points, row,
-                                   [=](const auto& d, float* out) MTL_INLINED {
-                                     F::input(d, [=](int i, int j, Vec v) MTL_INLINED {
-                                       store(out + (i * F::kPatch + j) * stride, v);
-                                     });
+void transform_input(const Geometry& g, const TileGrid& grid, const float* x, const TileRange& range) {
+  const int64_t stride = range.points.point;
+  each_window<F::kPatch, F::kTile>(grid, Images{x, g.h, g.w, g.n_in}, g.padding, range,
+                                   [=](const auto& pixels, float* out) MTL_INLINED {
+                                     F::input(pixels, PointStore<F::kPatch>{out, stride});
                                    });
 }
 
-// A dy Aᵀ of tiles [begin, end) of dy [N, H', W', O] -> points, as `transform_input`.
+// A dy Aᵀ of these tiles of dy [N, H', W', O].
 template <class F>
-void transform_output_gradient(const Geometry& g, const TileGrid& grid, const float* dy, int64_t begin,
-                               int64_t end, float* points, int64_t row, int64_t stride) {
-  each_window<F::kTile, F::kTile>(grid, Images{dy, g.out_h(), g.out_w(), g.n_out}, 0, begin, end, points, row,
-                                  [=](const auto& d, float* out) MTL_INLINED {
-                                    F::output_gradient(d, [=](int i, int j, Vec v) MTL_INLINED {
-                                      store(out + (i * F::kPatch + j) * stride, v);
-                                    });
+void transform_output_gradient(const Geometry& g, const TileGrid& grid, const float* dy, const TileRange& range) {
+  const int64_t stride = range.points.point;
+  each_window<F::kTile, F::kTile>(grid, Images{dy, g.out_h(), g.out_w(), g.n_out}, 0, range,
+                                  [=](const auto& pixels, float* out) MTL_INLINED {
+                                    F::output_gradient(pixels, PointStore<F::kPatch>{out, stride});
                                   });
 }
 

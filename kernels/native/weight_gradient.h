@@ -12,6 +12,9 @@ struct GradientPointsTag {};
 struct BlockTag {};
 struct SlicesTag {};
 
+// Rows whose products are made point after point: they lie in one strip.
+constexpr int64_t kGroupRows = kLine;
+
 // Gᵀ dU G of a block of rows i [n_rows] by the panel at `o`, to packed taps `out`: added, or as its `first` value.
 template <class F>
 void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_in, int64_t n_out, bool first,
@@ -25,11 +28,11 @@ void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_
       Vec dw[R][R];
       if constexpr (R == 1) {
         dw[0][0] = Vec{};
-        for (int point = 0; point < F::kPoints; ++point) dw[0][0] = dw[0][0] + load(from + point * kRows * kPanel);
+        for (int point = 0; point < F::kPoints; ++point) dw[0][0] = dw[0][0] + load(from + point * kGroupRows * kPanel);
       } else {
         Vec points[P][P];
         MTL_UNROLL for (int i = 0; i < P; ++i)
-          MTL_UNROLL for (int j = 0; j < P; ++j) points[i][j] = load(from + (i * P + j) * kRows * kPanel);
+          MTL_UNROLL for (int j = 0; j < P; ++j) points[i][j] = load(from + (i * P + j) * kGroupRows * kPanel);
         F::filter_gradient(points, dw);
       }
       float* to = out + packed_offset(column, i0 + r, n_in, R * R);
@@ -41,37 +44,29 @@ void finish_block(const float* du, int n_rows, int64_t i0, int64_t o, int64_t n_
   }
 }
 
-// Points of `n_tiles` tiles from `first` on: v of the input, d of the output's gradient.
+// Points of `n_tiles` tiles: of the input and of the output's gradient.
 struct GradientPoints {
-  float *v, *d;
-  int64_t row_v, row_d, stride_v, stride_d, n_tiles;
+  Points v, d;
+  int64_t n_tiles;
   // Of the product of a point from input `i` and output `o` on.
   Factors factors(int64_t point, int64_t i, int64_t o) const {
-    return {v + point * stride_v + i, row_v, d + point * stride_d + o, row_d, n_tiles};
+    return {v.at(point, i, 0), v.tile, d.at(point, o, 0), d.tile, n_tiles};
   }
 };
-
-// Rows whose products are made point after point. Six rows use 24 bytes of each line of the input's points: in groups,
-// whole lines are used while they are near. Twelve use most of a line as they are.
-constexpr int64_t kGroupRows = kRows < 12 ? ceil_div(64, kRows) * kRows : kRows;
 
 // dL/dW of the rows of group `group` and panel `panel`, to `out` as in `finish_block`.
 template <class F>
 void weight_block(const Geometry& g, const GradientPoints& p, int64_t group, int64_t panel, bool first, float* out) {
-  constexpr int64_t kBlock = F::kPoints * kRows * kPanel;
   const int64_t o = panel * kPanel, start = group * kGroupRows, end = std::min(start + kGroupRows, g.n_in);
-  float* du = scratch<BlockTag>(kGroupRows / kRows * kBlock);
-  const auto n_rows = [end](int64_t i0) { return static_cast<int>(std::min<int64_t>(kRows, end - i0)); };
+  float* du = scratch<BlockTag>(F::kPoints * kGroupRows * kPanel);
   for (int64_t point = 0; point < F::kPoints; ++point) {
     for (int64_t i0 = start; i0 < end; i0 += kRows) {
       // [n_tiles, rows]ᵀ @ [n_tiles, kPanel] -> [rows, kPanel]
-      product<Left::kTransposed>(p.factors(point, i0, o), n_rows(i0), g.n_out - o,
-                                 Kept{du + (i0 - start) / kRows * kBlock + point * kRows * kPanel, kPanel});
+      product<Left::kTransposed>(p.factors(point, i0, o), static_cast<int>(std::min<int64_t>(kRows, end - i0)),
+                                 g.n_out - o, Kept{du + (point * kGroupRows + i0 - start) * kPanel, kPanel});
     }
   }
-  for (int64_t i0 = start; i0 < end; i0 += kRows) {
-    finish_block<F>(du + (i0 - start) / kRows * kBlock, n_rows(i0), i0, o, g.n_in, g.n_out, first, out);
-  }
+  finish_block<F>(du, static_cast<int>(end - start), start, o, g.n_in, g.n_out, first, out);
 }
 
 // What is done with the blocks of dU: times U [rows, kPanel], added to c [rows, ldc].
@@ -93,11 +88,14 @@ void scale_block(const Geometry& g, const GradientPoints& p, int64_t begin, int6
     for (int64_t panel = begin; panel < end; ++panel) {
       const float* taps = filter_point<F>(u + (panel - begin) * panel_points<F>(g.n_in), point, g.n_in);
       const int64_t o = panel * kPanel;
-      for (int64_t i0 = 0; i0 < g.n_in; i0 += kRows) {
-        Factors factors = p.factors(point, i0, o);
-        if (g.n_in >= kFarChannels) factors.ahead = {taps + (i0 + kRows) * kPanel, kRows * kPanel / kLine};
-        product<Left::kTransposed>(factors, static_cast<int>(std::min<int64_t>(kRows, g.n_in - i0)), g.n_out - o,
-                                   Weighted{taps + i0 * kPanel, out + i0 * columns + o, columns});
+      for (int64_t strip = 0; strip < g.n_in; strip += kStrip) {
+        const int64_t last = std::min(strip + kStrip, g.n_in);
+        for (int64_t i0 = strip; i0 < last; i0 += kRows) {
+          Factors factors = p.factors(point, i0, o);
+          if (g.n_in >= kFarChannels) factors.ahead = {taps + (i0 + kRows) * kPanel, kRows * kPanel / kLine};
+          product<Left::kTransposed>(factors, static_cast<int>(std::min<int64_t>(kRows, last - i0)), g.n_out - o,
+                                     Weighted{taps + i0 * kPanel, out + i0 * columns + o, columns});
+        }
       }
     }
   }
@@ -157,16 +155,13 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   const TileGrid grid(g, F::kTile);
   if (grid.count == 0) return;
   const GradientBlocks<F> blocks(g, taps, columns, plan.shared);
-  const int64_t row_v = points_row(g.n_in), row_d = points_row(ceil_div(g.n_out, kPanel) * kPanel);
-  const int64_t stride_v = plan.tiles * row_v, stride_d = plan.tiles * row_d;
   const auto points = [&](int64_t n_tiles) {
-    return GradientPoints{scratch<InputPointsTag>(F::kPoints * stride_v),
-                          scratch<GradientPointsTag>(F::kPoints * stride_d),
-                          row_v, row_d, stride_v, stride_d, n_tiles};
+    return GradientPoints{points_by_strip<F, InputPointsTag>(plan.tiles, g.n_in),
+                          points_by_strip<F, GradientPointsTag>(plan.tiles, g.n_out), n_tiles};
   };
   const auto transform = [&](const GradientPoints& p, int64_t first, int64_t begin, int64_t end) {
-    transform_input<F>(g, grid, x, first + begin, first + end, p.v + begin * row_v, row_v, stride_v);
-    transform_output_gradient<F>(g, grid, dz, first + begin, first + end, p.d + begin * row_d, row_d, stride_d);
+    transform_input<F>(g, grid, x, {p.v, first, begin, end});
+    transform_output_gradient<F>(g, grid, dz, {p.d, first, begin, end});
   };
   if (plan.shared) {
     // Many products a tile: threads share the tiles, each has its own blocks of the gradient.
