@@ -4,12 +4,13 @@
 //   map                       84, 42, 21   10     32, 16, 8   512 @ 4   4    2
 //   tile                      6            4      4           4         4    2
 //   tiles, forward            24           48     24          192       24   24
-//   tiles, scale gradient     48           48     48          192       48   48
-//   tiles, weight gradient    48           48     48          48        48   48
+//   tiles, scale gradient     60           60     60          192       60   60
+//   tiles, weight gradient    60           60     60          60        60   60
 //
-// 512 @ 4 stands for few tiles in all of filters that outgrow the caches when transformed: threads share their tiles, all at
-// once, so that filters are transformed once. 192 goes with every scale gradient of more than 512 × 512 channels, whose
-// filters are transformed anew for so many tiles; 48 forward with other filters of more than 256 × 256.
+// 512 @ 4 (and 256 → 512) stands for few tiles in all of filters that outgrow the caches when transformed: threads share
+// their tiles, all at once, so that filters are transformed once. 192 goes with every scale gradient of more than
+// 512 × 512 channels, whose filters are transformed anew for so many tiles; 48 forward with other filters of more than
+// 256 × 256.
 #pragma once
 
 #include "tiles.h"
@@ -32,7 +33,7 @@ inline int best_tile(const Geometry& g) {
 
 inline bool few_tiles_of_large_filters(const Geometry& g, int tile) {
   const int64_t tiles = g.n * ceil_div(g.out_h(), tile) * ceil_div(g.out_w(), tile);
-  return g.taps == 3 && tiles <= 192 && g.n_in * g.n_out >= 384 * 384;
+  return g.taps == 3 && tiles <= 192 && g.n_in * g.n_out >= 256 * 512;
 }
 
 inline Plan forward_plan(const Geometry& g) {
@@ -46,7 +47,7 @@ inline Plan gradient_plan(const Geometry& g, bool whole) {
   const int tile = best_tile(g);
   const bool slices_fit = g.n_in * g.n_out * (whole ? g.taps * g.taps : 1) <= 512 * 512;
   const bool shared = few_tiles_of_large_filters(g, tile) || !slices_fit;
-  return {tile, shared && !whole ? 192 : 48, shared};
+  return {tile, shared && !whole ? 192 : 60, shared};
 }
 
 }  // namespace mtl

@@ -177,18 +177,20 @@ void weight_gradient(const Geometry& g, const Plan& plan, const float* x, const 
   }
   // Few products a tile: tiles in a fixed number of slices, each with a sum of its own, added in order.
   constexpr int64_t kSlices = 16;
-  const int64_t n_parts = ceil_div(grid.count, plan.tiles), n_slices = std::min(kSlices, n_parts), size = blocks.size();
+  // Parts are alike, and as a rule an even number of them: of nine, two threads would take five and four.
+  const int64_t part = ceil_div(grid.count, 2 * ceil_div(grid.count, 2 * plan.tiles));
+  const int64_t n_parts = ceil_div(grid.count, part), n_slices = std::min(kSlices, n_parts), size = blocks.size();
   float* partial = scratch<SlicesTag>(n_slices * size);
   at::parallel_for(0, n_slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice) {
       float* own = partial + slice * size;
       if (columns != g.n_out) std::memset(own, 0, sizeof(float) * size);
       const int64_t start = n_parts * slice / n_slices;
-      for (int64_t part = start; part < n_parts * (slice + 1) / n_slices; ++part) {
-        const int64_t first = part * plan.tiles;
-        const GradientPoints p = points(std::min(plan.tiles, grid.count - first));
+      for (int64_t i = start; i < n_parts * (slice + 1) / n_slices; ++i) {
+        const int64_t first = i * part;
+        const GradientPoints p = points(std::min(part, grid.count - first));
         transform(p, first, 0, p.n_tiles);
-        for (int64_t block = 0; block < blocks.count(); ++block) blocks.add(block, p, part == start, own);
+        for (int64_t block = 0; block < blocks.count(); ++block) blocks.add(block, p, i == start, own);
       }
     }
   });
