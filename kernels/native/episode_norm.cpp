@@ -7,7 +7,8 @@
 //
 // d is unwound twice, for the sums and for dz: writing and reading it back would move more memory.
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <type_traits>

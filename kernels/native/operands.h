@@ -1,7 +1,7 @@
 // Tensors of the operators as the kernels take them: dense, checked, with pointers.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cmath>
 #include <optional>

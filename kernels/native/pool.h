@@ -4,7 +4,9 @@
 // fills it; malloc gives every block of more than 32 MB back at once. What is kept is bounded, oldest goes first.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
 
 #include <deque>
 #include <mutex>

@@ -1,7 +1,6 @@
 // `ss_conv` forward on CPUs: a stride-1 convolution of 3×3 or 1×1 taps, Φ_S1 and the folded norm in its filters,
 // the epilogue in its output transform. Contract and autograd: mtl_fast/ops/ss_conv.py.
 
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "convolve.h"

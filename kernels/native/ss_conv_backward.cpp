@@ -6,6 +6,9 @@
 //
 // Sums run in an order that depends on shapes only, so any number of threads gives the same bits.
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "convolve.h"

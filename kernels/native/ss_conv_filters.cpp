@@ -1,6 +1,6 @@
 // `ss_conv`'s filters: from a weight's order to the kernels' and back.
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "pool.h"
