@@ -57,7 +57,6 @@ struct Matrices<6, 3> {
                                      {0, 1, -1, 32, -32, .03125f, -.03125f, 1}};
 };
 
-
 // Σ_j row[j]·in[j] over the columns first, first + step, …: all of them or those of one parity.
 template <int C>
 inline __attribute__((always_inline)) Vec dot(const float (&row)[C], const Vec* in, int first, int step) {
@@ -83,6 +82,24 @@ inline __attribute__((always_inline)) void apply(const float (&matrix)[P][C], co
     out[p + 1] = even - odd;
   }
   out[P - 1] = dot(matrix[P - 1], in, 0, 1);
+}
+
+// matrix [P, C] · in · matrixᵀ, in(i, j) [C, C] -> out(i, j, value) [P, P]; columns first.
+template <int P, int C, class In, class Out>
+inline __attribute__((always_inline)) void apply_on_both_sides(
+    const float (&matrix)[P][C], const In& in, const Out& out) {
+  Vec half[P][C];
+  MTL_UNROLL for (int j = 0; j < C; ++j) {
+    Vec column[C], applied[P];
+    MTL_UNROLL for (int i = 0; i < C; ++i) column[i] = in(i, j);
+    apply(matrix, column, applied);
+    MTL_UNROLL for (int i = 0; i < P; ++i) half[i][j] = applied[i];
+  }
+  MTL_UNROLL for (int i = 0; i < P; ++i) {
+    Vec row[P];
+    apply(matrix, half[i], row);
+    MTL_UNROLL for (int j = 0; j < P; ++j) out(i, j, row[j]);
+  }
 }
 
 // out [C] = matrixᵀ · in [P], of the same kind of matrix.
@@ -125,18 +142,7 @@ struct Winograd {
   // Bᵀ d B, d(i, j) -> out(i, j, point), [T, T] both.
   template <class In, class Out>
   static inline __attribute__((always_inline)) void input(const In& d, const Out& out) {
-    Vec half[kPatch][kPatch];
-    MTL_UNROLL for (int j = 0; j < kPatch; ++j) {
-      Vec in[kPatch], column[kPatch];
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) in[i] = d(i, j);
-      apply(Matrices<M, R>::bt, in, column);
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) half[i][j] = column[i];
-    }
-    MTL_UNROLL for (int i = 0; i < kPatch; ++i) {
-      Vec row[kPatch];
-      apply(Matrices<M, R>::bt, half[i], row);
-      MTL_UNROLL for (int j = 0; j < kPatch; ++j) out(i, j, row[j]);
-    }
+    apply_on_both_sides(Matrices<M, R>::bt, d, out);
   }
 
   // G w Gᵀ: [R, R] → [T, T].
@@ -180,18 +186,7 @@ struct Winograd {
   // A dy Aᵀ, the transpose of `output`: dy(i, j) [M, M] -> out(i, j, point) [T, T].
   template <class In, class Out>
   static inline __attribute__((always_inline)) void output_gradient(const In& dy, const Out& out) {
-    Vec half[kPatch][M];
-    MTL_UNROLL for (int j = 0; j < M; ++j) {
-      Vec in[M], column[kPatch];
-      MTL_UNROLL for (int i = 0; i < M; ++i) in[i] = dy(i, j);
-      apply(kA.a, in, column);
-      MTL_UNROLL for (int i = 0; i < kPatch; ++i) half[i][j] = column[i];
-    }
-    MTL_UNROLL for (int i = 0; i < kPatch; ++i) {
-      Vec row[kPatch];
-      apply(kA.a, half[i], row);
-      MTL_UNROLL for (int j = 0; j < kPatch; ++j) out(i, j, row[j]);
-    }
+    apply_on_both_sides(kA.a, dy, out);
   }
 };
 
