@@ -89,7 +89,7 @@ class Costs:
             model, few = self._random(config, head=False), N_TASKS_WHOLE if row.is_whole_network else N_TASKS
             start = time.monotonic()
             inner = experiment.choose_inner(model, n_shot, row, n_tasks=few)
-            searching = (time.monotonic() - start) * config.meta.validation_tasks / few
+            searching = (time.monotonic() - start) * experiment.n_searched(row) / few
             return searching + self._test(model, n_shot, "test", n_tested, inner)
         config, stores = experiment.settings(row, n_shot), experiment.stores
         model = self._random(config, head=True)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import GLYPHS_MAML, GLYPHS_MAML_DEEP, Config, DataConfig, InnerConfig
 from ..data import load_split
 from ..data.store import ImageStore
-from ..engine.evaluate import embed_episodes, fit_and_score
-from ..engine.inner_loops import evaluate_all_weights
 from ..engine.scores import Evaluation
 from ..episodes import Episodes
 from ..nn import LinearHead
-from . import checkpoint
+from . import checkpoint, inner_search
 from .evaluate import TENSORS, Score, drawn_episodes, save_score, score
 from .meta_train import MetaTraining
 from .models import (
@@ -34,8 +32,11 @@ from .models import (
     preprocess_of,
     weights_of,
 )
+from .parts import Parts, Shard, TimedParts
 from .pretrain import Pretraining, validation_episodes
-from .rows import ALL_RATES, ALL_STEPS, INNER_GRID, UPDATE_HEAD, Row
+from .rows import UPDATE_HEAD, Row
+from .scoring import TASKS_PER_PART
+from .statistics import mean_interval
 from .subject import nothing_learned
 
 
@@ -163,29 +164,36 @@ class Experiment:
         """Where a row's meta-training lies."""
         return self.output / _name(row, n_shot, lr)
 
+    def n_searched(self, row: Row) -> int:
+        """Validation tasks on which the inner loop of a row that is not meta-trained is chosen."""
+        recipe = self.maml_deep if row.is_whole_network else self.config
+        return recipe.meta.validation_tasks
+
     def choose_inner(
-        self, model: Model, n_shot: int, row: Row = UPDATE_HEAD, *, n_tasks: int | None = None
+        self,
+        model: Model,
+        n_shot: int,
+        row: Row = UPDATE_HEAD,
+        *,
+        n_tasks: int | None = None,
+        pieces: TimedParts | None = None,
     ) -> InnerConfig:
-        """The inner loop of "update θ" or "update [Θ;θ]" that is best on `n_tasks` validation episodes (None: all)."""
+        """The inner loop of "update θ" or "update [Θ;θ]" that is best on validation episodes.
+
+        Args:
+            model: the pre-trained one.
+            n_shot: support images a class.
+            row: which of the two.
+            n_tasks: how many episodes; None: `n_searched`.
+            pieces: where finished parts of the search are kept and found; None: nowhere.
+        """
         config = self.with_shot(n_shot)
         store = self.stores["val"]
-        episodes = validation_episodes(config, store, n_tasks or config.meta.validation_tasks)
+        episodes = validation_episodes(config, store, n_tasks or self.n_searched(row))
         preprocess = preprocess_of(config)
         head = LinearHead(model.encoder.feature_dim, config.episodes.n_way, init="zeros").to(self.device)
-        accuracies: dict[tuple[float, int], float] = {}
-        if row.is_whole_network:
-            for lr in ALL_RATES:
-                found = evaluate_all_weights(
-                    model.encoder, head, store, episodes, preprocess, inner_lr=lr, n_steps=ALL_STEPS
-                )
-                for steps, evaluation in zip(ALL_STEPS, found, strict=True):
-                    accuracies[lr, steps] = float(evaluation.accuracy.mean())
-        else:
-            embedded = embed_episodes(model.encoder, store, episodes, preprocess)
-            for lr, steps in INNER_GRID:
-                evaluation = fit_and_score(embedded, head, inner_lr=lr, inner_steps=steps)
-                accuracies[lr, steps] = float(evaluation.accuracy.mean())
-        lr, steps = max(accuracies, key=accuracies.__getitem__)
+        best = inner_search.best_of_all if row.is_whole_network else inner_search.best_of_head
+        lr, steps = best(model.encoder, head, store, episodes, preprocess, pieces or TimedParts())
         return replace(config.inner, lr=lr, test_lr=None, test_steps=steps, adapt=row.adapt)
 
     def test(
@@ -199,12 +207,16 @@ class Experiment:
             inner: None is the inner loop that the model was made with.
             n_tasks: only the first ones of the tasks that are drawn; None: all.
         """
+        config, episodes = self._test_tasks(model, n_shot, inner, n_tasks)
+        result, evaluation = score(model, config, self.stores["test"], episodes)
+        return result, evaluation, episodes
+
+    def _test_tasks(
+        self, model: Model, n_shot: int, inner: InnerConfig | None, n_tasks: int | None
+    ) -> tuple[Config, Episodes]:
         config = self._test_settings(model, n_shot)
         config = replace(config, inner=inner or config.inner)
-        store = self.stores["test"]
-        episodes = drawn_episodes(config, store)[: n_tasks or self.n_drawn]
-        result, evaluation = score(model, config, store, episodes)
-        return result, evaluation, episodes
+        return config, drawn_episodes(config, self.stores["test"])[: n_tasks or self.n_drawn]
 
     def _test_settings(self, model: Model, n_shot: int) -> Config:
         """Of the test of a model, with the inner loop that it was made with."""
@@ -216,26 +228,46 @@ class Experiment:
     def outcome(
         self, row: Row, n_shot: int, *, lr: float | None = None, n_tasks: int | None = None
     ) -> Outcome:
-        """Trains and tests a row, or reads what of that is finished."""
+        """Trains and tests a row, or reads what of that is finished; a test of all weights goes on piece by piece."""
         model = self.meta_train(row, n_shot, lr=lr) if row.meta_trained else self.pretrain()
         found = self._finished_test(model, row, n_shot, lr, n_tasks)
         if found is not None:
             return found
-        start = time.monotonic()
-        inner = None if row.meta_trained else self.choose_inner(model, n_shot, row)
-        chosen = time.monotonic()
-        result, _, _ = self.test(model, n_shot, inner, n_tasks=n_tasks)
-        now = time.monotonic()
-        save_score(
-            self._test_folder(row, n_shot, lr),
-            result,
-            row.label,
-            facts=self._test_facts(model, row, n_shot, n_tasks),
-            seconds={"inner loop chosen": chosen - start, "test": now - chosen},
-        )
+        folder, facts = self._test_folder(row, n_shot, lr), self._test_facts(model, row, n_shot, n_tasks)
+        parts = Parts(None, facts, shard=Shard())
+        if row.is_whole_network:
+            parts = Parts(folder / "parts", facts, shard=Shard(), resume=True, replace=True)
+        searching, testing = TimedParts(parts), TimedParts(parts)
+        inner = None if row.meta_trained else self.choose_inner(model, n_shot, row, pieces=searching)
+        result = self._tested(model, row, n_shot, inner, n_tasks, testing)
+        seconds = {"inner loop chosen": searching.seconds, "test": testing.seconds}
+        save_score(folder, result, row.label, facts=facts, seconds=seconds)
+        parts.remove()
         found = self._finished_test(model, row, n_shot, lr, n_tasks)
         assert found is not None
         return found
+
+    def _tested(
+        self,
+        model: Model,
+        row: Row,
+        n_shot: int,
+        inner: InnerConfig | None,
+        n_tasks: int | None,
+        pieces: TimedParts,
+    ) -> Score:
+        """`test`, in pieces where images cannot be embedded once for all tasks."""
+        config, episodes = self._test_tasks(model, n_shot, inner, n_tasks)
+        size = TASKS_PER_PART if row.is_whole_network else episodes.n_tasks
+
+        def scores(start: int) -> dict[str, Tensor]:
+            found, _ = score(model, config, self.stores["test"], episodes[start : start + size])
+            return {"task_accuracy": found.task_accuracy}
+
+        starts = range(0, episodes.n_tasks, size)
+        found = [pieces.get(f"tasks-{start:07d}", partial(scores, start)) for start in starts]
+        accuracy = torch.cat([piece["task_accuracy"] for piece in found])
+        return Score(accuracy, mean_interval(accuracy), config)
 
     def finished(
         self, row: Row, n_shot: int, *, lr: float | None = None, n_tasks: int | None = None
@@ -257,7 +289,7 @@ class Experiment:
         return {
             "config": dataclasses.asdict(self._training_settings(row, n_shot, lr)),
             "data": {split: facts_of(store) for split, store in self.stores.items()},
-            "inner searched": _searched(row),
+            "inner searched": self._searched(row),
             "drawn tasks": self.n_drawn,
             "first tasks": n_tasks or self.n_drawn,
         }
@@ -276,9 +308,17 @@ class Experiment:
             "weights": fingerprint(weights_of(model.encoder, model.head)),
             "data": facts_of(self.stores["test"]),
             "config": config,
-            "inner searched": _searched(row),
+            "inner searched": self._searched(row),
             "first tasks": n_tasks or self.n_drawn,
         }
+
+    def _searched(self, row: Row) -> Any:
+        """Where a row that is not meta-trained looks for its inner loop."""
+        if row.meta_trained:
+            return None
+        if row.is_whole_network:
+            return [inner_search.ALL_RATES, inner_search.ALL_STEPS, self.n_searched(row)]
+        return inner_search.INNER_GRID
 
     def _finished_test(
         self, model: Model, row: Row, n_shot: int, lr: float | None, n_tasks: int | None
@@ -314,13 +354,6 @@ def _with_defaults(facts: dict[str, Any]) -> dict[str, Any]:
     config = dataclasses.asdict(Config.from_dict(facts["config"]))
     del config["device"]
     return facts | {"config": config}
-
-
-def _searched(row: Row) -> Any:
-    """Where a row that is not meta-trained looks for its inner loop."""
-    if row.meta_trained:
-        return None
-    return [ALL_RATES, ALL_STEPS] if row.is_whole_network else INNER_GRID
 
 
 def _name(row: Row, n_shot: int, lr: float | None) -> str:

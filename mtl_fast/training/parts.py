@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -55,15 +57,22 @@ class Parts:
         facts: what the pieces depend on, for JSON.
         shard: who writes.
         resume: go on with the pieces that this shard wrote before.
+        replace: compute a piece of other facts anew instead of raising.
 
     Raises:
         InputError: the folder holds pieces and `resume` is off.
     """
 
     def __init__(
-        self, folder: Path | None, facts: Mapping[str, Any], *, shard: Shard, resume: bool = False
+        self,
+        folder: Path | None,
+        facts: Mapping[str, Any],
+        *,
+        shard: Shard,
+        resume: bool = False,
+        replace: bool = False,
     ) -> None:
-        self.facts = facts
+        self.facts, self._replace = facts, replace
         self._folder = folder
         if folder is None:
             return
@@ -85,12 +94,13 @@ class Parts:
         if path is not None:
             tensors, meta = checkpoint.load(path)
             difference = checkpoint.first_difference(meta.get("facts", {}), self.facts)
-            if difference:
+            if not difference:
+                return tensors
+            if not self._replace:
                 raise InputError(
                     f"{path}: is of another evaluation ({difference}); go on with the same settings, or give "
                     "another --output"
                 )
-            return tensors
         tensors = compute()
         if self._folder is not None:
             facts = {"kind": "part", "facts": self.facts, "provenance": checkpoint.provenance()}
@@ -106,3 +116,28 @@ class Parts:
         if self._folder is None:
             return None
         return min(self._folder.glob(f"*/{name}.safetensors"), default=None)
+
+
+class TimedParts:
+    """Pieces with the time that each took, which adds up over runs that were killed.
+
+    Attributes:
+        parts: where pieces are kept and found; None: nowhere.
+        seconds: that the pieces asked for so far took, whenever they were computed.
+    """
+
+    def __init__(self, parts: Parts | None = None) -> None:
+        self.parts = parts or Parts(None, {}, shard=Shard())
+        self.seconds = 0.0
+
+    def get(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As `Parts.get`, with ``seconds`` beside the piece's own tensors."""
+
+        def timed() -> dict[str, Tensor]:
+            start = time.monotonic()
+            tensors = compute()
+            return tensors | {"seconds": torch.tensor(time.monotonic() - start, dtype=torch.float64)}
+
+        piece = self.parts.get(name, timed)
+        self.seconds += float(piece["seconds"])
+        return piece

@@ -80,7 +80,3 @@ RATES = {
     SS: _SCALE_RATES,
     SS_HT: _SCALE_RATES,
 }
-
-# Where "update θ" and "update [Θ;θ]" look for their step size and number of steps, on the validation split.
-INNER_GRID = tuple(itertools.product((0.002, 0.005, 0.01, 0.02, 0.05, 0.1), (10, 20, 50, 100, 200)))
-ALL_RATES, ALL_STEPS = (0.003, 0.01, 0.03, 0.1), (5, 10, 20, 50)

@@ -136,14 +136,14 @@ def meta_train(folder: Path, pretrained: str, resume: str = "", hard: str = "res
 
 def demo(folder: Path, resume: str = "") -> None:
     """The demo on the tiny splits, without pictures; its table goes to ``folder.table``."""
-    from mtl_fast.training import demo, experiment
+    from mtl_fast.training import demo, experiment, inner_search
     from tests.training import tiny
 
     config = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
     demo.draw_curves = demo.draw_episode = lambda *_: None  # type: ignore[assignment]
     demo.preset = lambda name: config  # type: ignore[assignment]
     experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
-    experiment.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
+    inner_search.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
     table = demo.demo(folder, device="cpu", resume=bool(resume))
     folder.with_suffix(".table").write_text(table)
 
@@ -163,7 +163,7 @@ def evaluate(folder: Path, model: str, resume: str = "") -> None:
 
 def results(folder: Path, resume: str = "") -> None:
     """The table of all rows on the tiny splits, a rate each and in this process, without pictures."""
-    from mtl_fast.training import experiment, results
+    from mtl_fast.training import experiment, inner_search, results
     from tests.training import tiny
     from tests.training.pools import Here
 
@@ -175,13 +175,13 @@ def results(folder: Path, resume: str = "") -> None:
     results.RATES = dict.fromkeys(results.ROWS, (1e-3,))
     results.TRIED = (1e-3,)
     experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
-    experiment.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
+    inner_search.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
     results.results(folder, folder / "published", seeds=(0,), workers=1, device="cpu")
 
 
 def ablation(folder: Path, resume: str = "") -> None:
     """Some rows of the ablation on the tiny splits, in this process, without its picture."""
-    from mtl_fast.training import ablation, ablation_report, experiment
+    from mtl_fast.training import ablation, ablation_report, experiment, inner_search
     from tests.training import tiny
     from tests.training.pools import Here
 
@@ -194,7 +194,7 @@ def ablation(folder: Path, resume: str = "") -> None:
     ablation.preset = recipes.__getitem__  # type: ignore[assignment]
     ablation_report.convergence_figure = lambda *_, **__: None  # type: ignore[assignment]
     experiment.load_split = lambda source, split, size: tiny.split(split)  # type: ignore[assignment]
-    experiment.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
+    inner_search.INNER_GRID = ((0.05, 3), (0.1, 5))  # type: ignore[assignment]
     ablation.ablation(
         folder,
         folder / "published",

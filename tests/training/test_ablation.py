@@ -15,7 +15,7 @@ from mtl_fast.config import Config
 from mtl_fast.data.store import ImageStore
 from mtl_fast.errors import InputError
 from mtl_fast.training import ablation as module
-from mtl_fast.training import experiment
+from mtl_fast.training import experiment, inner_search
 from mtl_fast.training.ablation import ablation
 from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.phase import Phase
@@ -40,9 +40,9 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "load_split", load)
     monkeypatch.setattr(module, "worker_pool", pool)
     monkeypatch.setattr(module, "preset", PRESETS.__getitem__)
-    monkeypatch.setattr(experiment, "INNER_GRID", ((0.01, 1), (0.3, 4)))
-    monkeypatch.setattr(experiment, "ALL_RATES", (0.01, 0.1))
-    monkeypatch.setattr(experiment, "ALL_STEPS", (1, 2))
+    monkeypatch.setattr(inner_search, "INNER_GRID", ((0.01, 1), (0.3, 4)))
+    monkeypatch.setattr(inner_search, "ALL_RATES", (0.01, 0.1))
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (1, 2))
 
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:

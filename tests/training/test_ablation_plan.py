@@ -9,7 +9,7 @@ import pytest
 
 from mtl_fast.data.store import ImageStore
 from mtl_fast.training import ablation_plan as module
-from mtl_fast.training import experiment
+from mtl_fast.training import experiment, inner_search
 from mtl_fast.training.ablation_plan import Costs, plan_text
 from mtl_fast.training.cells import Cell, Study, Wanted
 from mtl_fast.training.experiment import Outcome
@@ -27,9 +27,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
     experiment.splits_of.cache_clear()
     monkeypatch.setattr(experiment, "load_split", load)
-    monkeypatch.setattr(experiment, "INNER_GRID", ((0.01, 1),))
-    monkeypatch.setattr(experiment, "ALL_RATES", (0.01,))
-    monkeypatch.setattr(experiment, "ALL_STEPS", (1,))
+    monkeypatch.setattr(inner_search, "INNER_GRID", ((0.01, 1),))
+    monkeypatch.setattr(inner_search, "ALL_RATES", (0.01,))
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (1,))
     return Study(CONFIG, tmp_path / "runs", tiny.MAML, n_drawn=6)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine.evaluate import embed_episodes, evaluate, fit_and_score
 from mtl_fast.nn import LinearHead
-from mtl_fast.training import checkpoint
+from mtl_fast.training import checkpoint, inner_search
 from mtl_fast.training import experiment as module
 from mtl_fast.training.experiment import Experiment
 from mtl_fast.training.models import preprocess_of
@@ -93,17 +94,17 @@ def test_pretraining_is_one_shot_and_made_once(
 def test_the_inner_loop_is_the_best_of_the_grid_on_the_validation_split(
     loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1), (0.3, 7), (1.0, 40)))
+    monkeypatch.setattr(inner_search, "INNER_GRID", ((0.01, 1), (0.3, 7), (1.0, 40)))
     experiment = Experiment(CONFIG, tmp_path)
     model = experiment.pretrain()
     test_split, tested = tiny.split("test"), []
-    original = module.embed_episodes
+    original = inner_search.embed_episodes
 
     def spy(encoder: object, store: ImageStore, *rest: object) -> object:
         tested.append(store)
         return original(encoder, store, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "embed_episodes", spy)
+    monkeypatch.setattr(inner_search, "embed_episodes", spy)
     inner = experiment.choose_inner(model, 1)
     assert tested == [tiny.split("val")]
     assert test_split not in tested
@@ -116,7 +117,7 @@ def test_the_inner_loop_is_the_best_of_the_grid_on_the_validation_split(
                 embedded, LinearHead(4, 3, init="zeros"), inner_lr=lr, inner_steps=steps
             ).accuracy.mean()
         )
-        for lr, steps in module.INNER_GRID
+        for lr, steps in inner_search.INNER_GRID
     }
     assert accuracies[inner.lr, inner.test_steps] == max(accuracies.values())
     assert (inner.train_steps, inner.order) == (CONFIG.inner.train_steps, CONFIG.inner.order)
@@ -163,11 +164,70 @@ def test_rows_of_maml_take_its_recipe_and_deep_ones_the_pretrained_network(
     assert result.config.meta.norm == "episode"
 
 
+def test_a_stopped_test_of_all_weights_goes_on_piece_by_piece(
+    loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inner_search, "ALL_RATES", (0.01, 0.3))
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (1, 4))
+    monkeypatch.setattr(module, "TASKS_PER_PART", 3)
+    whole = Experiment(CONFIG, tmp_path / "whole").outcome(UPDATE_ALL, 1, n_tasks=8)
+    calls: list[str] = []
+
+    def stops_at(last: int) -> None:
+        calls.clear()
+        for owner, name in ((inner_search, "evaluate_all_weights"), (module, "score")):
+            original = originals[name]
+
+            def spy(*args: object, name: str = name, original: Any = original, **options: object) -> object:
+                calls.append(name)
+                if len(calls) == last:
+                    raise KeyboardInterrupt
+                return original(*args, **options)
+
+            monkeypatch.setattr(owner, name, spy)
+
+    originals = {
+        "evaluate_all_weights": inner_search.evaluate_all_weights,
+        "score": module.score,
+    }
+    experiment = Experiment(CONFIG, tmp_path / "stopped")
+    for last, seen in ((2, ["evaluate_all_weights"] * 2), (3, ["evaluate_all_weights", "score", "score"])):
+        stops_at(last)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.outcome(UPDATE_ALL, 1, n_tasks=8)
+        assert calls == seen
+    stops_at(100)
+    found = experiment.outcome(UPDATE_ALL, 1, n_tasks=8)
+    assert calls == ["score"] * 2  # of three pieces the first was there
+    assert found.task_accuracy == whole.task_accuracy
+    assert found.inner == whole.inner
+    assert found.seconds > 0
+    assert not list((tmp_path / "stopped").rglob("parts"))
+
+
+def test_pieces_of_other_settings_are_computed_anew(
+    loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inner_search, "ALL_RATES", (0.01,))
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (1,))
+    original = module.score
+
+    def stop(*_: object, **__: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Experiment(CONFIG, tmp_path).outcome(UPDATE_ALL, 1, n_tasks=8)
+    monkeypatch.setattr(module, "score", original)
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (2,))
+    assert Experiment(CONFIG, tmp_path).outcome(UPDATE_ALL, 1, n_tasks=8).inner == (0.01, 2)
+
+
 def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothing(
     loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ALL_RATES", (0.01, 0.3))
-    monkeypatch.setattr(module, "ALL_STEPS", (1, 4))
+    monkeypatch.setattr(inner_search, "ALL_RATES", (0.01, 0.3))
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (1, 4))
     experiment = Experiment(CONFIG, tmp_path)
     model = experiment.pretrain()
     inner = experiment.choose_inner(model, 1, UPDATE_ALL)
@@ -203,7 +263,7 @@ def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothi
 def test_an_outcome_is_read_only_where_weights_settings_and_tasks_are_the_same(
     loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1), (0.3, 7)))
+    monkeypatch.setattr(inner_search, "INNER_GRID", ((0.01, 1), (0.3, 7)))
     experiment = Experiment(CONFIG, tmp_path, n_drawn=9)
     assert experiment.finished(SS, 1) is experiment.finished(UPDATE_HEAD, 1) is None
     scales, update = experiment.outcome(SS, 1), experiment.outcome(UPDATE_HEAD, 1)
@@ -217,7 +277,7 @@ def test_an_outcome_is_read_only_where_weights_settings_and_tasks_are_the_same(
     assert experiment.outcome(SS, 1, n_tasks=4).task_accuracy == scales.task_accuracy[:4]
     assert experiment.finished(SS, 1) is None
     # Another grid may choose another inner loop.
-    monkeypatch.setattr(module, "INNER_GRID", ((0.01, 1),))
+    monkeypatch.setattr(inner_search, "INNER_GRID", ((0.01, 1),))
     assert experiment.finished(UPDATE_HEAD, 1) is None
     assert experiment.outcome(UPDATE_HEAD, 1).inner == (0.01, 1)
 
