@@ -21,6 +21,7 @@ from ..nn.encoder import Encoder, Statistics
 from ..nn.linear_head import LinearHead
 from ..nn.network_encoder import NetworkEncoder
 from ..nn.scale_shift import interleave
+from ..ops.backend import choose
 from .base import Engine, NormMode, StepOutput, require_evaluation_mode
 from .base import Weights as SharedWeights
 from .inputs import Preprocess
@@ -45,6 +46,21 @@ class _Network(nn.Module):
         features = features.unflatten(0, (len(weight), -1))
         # [T, 1, C] + [T, n, D] @ [T, D, C] -> [T, n, C]
         return torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2)), statistics
+
+    def task_by_task(self, names: Sequence[str], weights: Weights, images: Tensor) -> Tensor:
+        """The same logits with stored statistics, each task alone through the layers of an ordinary network.
+
+        Those have no second derivative, but are fused; batched, a layer with stored statistics is a grouped
+        convolution.
+        """
+        logits = []
+        for part, *own in zip(images.chunk(len(weights[0])), *(w.unbind() for w in weights), strict=True):
+            called = {
+                name: value.unsqueeze(0) if name.startswith("head.") else value
+                for name, value in zip(names, own, strict=True)
+            }
+            logits.append(functional_call(self, called, (part, 0))[0])
+        return torch.cat(logits)
 
 
 class _Step(torch.autograd.Function):
@@ -174,7 +190,15 @@ class WholeNetworkEngine(Engine):
         support = self.preprocess(self.store, rows.flatten(), dtype, mirrored)
         query = self.preprocess(self.store, episodes.query.flatten(), dtype)
 
+        task_by_task = (
+            self.norm == "frozen"
+            and self.order == "first"
+            and choose("ss_conv", self.encoder.backend, x=support).backend == "native"
+        )
+
         def run(weights: Weights, images: Tensor) -> tuple[Tensor, Statistics]:
+            if task_by_task:
+                return network.task_by_task(names, weights, images), []
             return functional_call(network, dict(zip(names, weights, strict=True)), (images, n_groups))
 
         def support_loss(weights: Weights) -> tuple[Tensor, Statistics]:
