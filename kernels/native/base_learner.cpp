@@ -9,6 +9,7 @@
 
 #include "base_learner_operands.h"
 #include "base_learner_task.h"
+#include "pool.h"
 #include "scratch.h"
 
 namespace mtl {
@@ -134,11 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fit_backward(
   const auto nothing = [&] { return at::empty({0}, options); };
   Tensor d_query = nothing(), d_support = nothing();
   if (want_query) {
-    d_query = g ? at::empty(o.query.sizes(), options) : at::zeros(o.query.sizes(), options);
+    d_query = g ? new_contiguous(o.query.sizes(), options) : at::zeros(o.query.sizes(), options);
     if (g) predict_backward(o, g, w, d_query.mutable_data_ptr<float>());
   }
   if (want_support) {
-    d_support = through_steps ? at::empty(o.support.sizes(), options) : at::zeros(o.support.sizes(), options);
+    d_support = through_steps ? new_contiguous(o.support.sizes(), options) : at::zeros(o.support.sizes(), options);
   }
   if (!want_head && !(want_support && through_steps)) return {d_support, d_query, nothing(), nothing()};
 

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/util/strides.h>
 
 #include <deque>
 #include <mutex>
@@ -78,6 +79,11 @@ inline at::Tensor new_tensor(at::IntArrayRef shape, at::IntArrayRef strides, con
   const int64_t rounded = (bytes + Pool::kAlignment - 1) / Pool::kAlignment * Pool::kAlignment;
   return at::from_blob(Pool::get().take(rounded), shape, strides,
                        [rounded](void* data) { Pool::get().give(data, rounded); }, options);
+}
+
+// Uninitialised and contiguous.
+inline at::Tensor new_contiguous(at::IntArrayRef shape, const at::TensorOptions& options) {
+  return new_tensor(shape, c10::contiguous_strides(shape), options);
 }
 
 // Uninitialised channels-last images [N, C, H, W].
