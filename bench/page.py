@@ -82,14 +82,13 @@ def bars(path: Path, found: Sequence[Record]) -> None:
             for bound, style in ((target.must, "-"), (target.aim, ":")):
                 axes.plot([bound, bound], [y - 0.42, y + 0.42], color=INK, linewidth=1.6, linestyle=style)
             clear = max(spread.high, target.aim)  # of bar and marks
-            axes.annotate(
-                f"{spread.middle:.3g}×", (clear, y), (8, 0), textcoords="offset points", va="center"
-            )
+            said = with_range(spread, r["unit"])[0]
+            axes.annotate(said, (clear, y), (8, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(found)), names)
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
-        axes.set_xlim(0.8, 2.2 * max(r["spread"]["middle"] for r in found))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,g}×")
+        axes.set_xlim(0.8, 3.5 * max(r["spread"]["middle"] for r in found))
         axes.grid(axis="x", color=PALE)
         axes.set_axisbelow(True)
         axes.set_xlabel("times faster; solid mark: the least we ask for, dotted: what we aim at")
