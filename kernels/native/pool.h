@@ -1,7 +1,8 @@
 // Memory of results, kept when a tensor dies and handed to the next of its size.
 //
 // A fresh 145 MB costs 35 ms of page faults and clearing (6 ms on large pages), more than many a convolution that
-// fills it; malloc gives every block of more than 32 MB back at once. What is kept is bounded, oldest goes first.
+// fills it; malloc gives every block of more than 32 MB back at once. So do 3 MB of gradients cost a fit of two
+// milliseconds. What is kept is bounded, oldest goes first.
 #pragma once
 
 #include <ATen/core/Tensor.h>

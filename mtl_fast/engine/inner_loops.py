@@ -1,7 +1,8 @@
 """Inner loops of the whole network: every weight of encoder and head adapted per task, all tasks at once (MAML).
 
 θ_0 is the shared weights; θ_{t+1} = θ_t − β·∇L_support(θ_t) for each task, and the query loss of θ_T is what moves
-θ_0. Tasks are batched by giving every parameter a leading dimension T (`task_conv`). Source: arXiv 1703.03400.
+θ_0. Tasks are batched by giving every parameter a leading dimension T (`task_conv`), or go
+one by one through fused layers where those serve (`_Network.task_by_task`). Source: arXiv 1703.03400.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class _Network(nn.Module):
     def task_by_task(self, names: Sequence[str], weights: Weights, images: Tensor) -> Tensor:
         """The same logits with stored statistics, each task alone through the layers of an ordinary network.
 
-        Those have no second derivative, but are fused; batched, a layer with stored statistics is a grouped
-        convolution.
+        Those are fused, and only their first derivative is; batched, a layer with stored statistics is a grouped
+        convolution of plain PyTorch.
         """
         logits = []
         for part, *own in zip(images.chunk(len(weights[0])), *(w.unbind() for w in weights), strict=True):
@@ -193,6 +194,7 @@ class WholeNetworkEngine(Engine):
         task_by_task = (
             self.norm == "frozen"
             and self.order == "first"
+            and self.encoder.fold  # without it the native layers refuse stored statistics
             and choose("ss_conv", self.encoder.backend, x=support).backend == "native"
         )
 

@@ -145,8 +145,8 @@ class ScaleShiftConv2d(nn.Module):
             kept = FrozenFilters(
                 self.weight, self.bias, self.stride, self._inner_padding, self.dilation, self.groups
             )
-            # Weights of each task's own last for one call.
-            self._filters = None if kept.by_task else kept
+            # What stands in for the parameter during one call, as a task's own weights do, lasts no longer.
+            self._filters = kept if isinstance(self.weight, nn.Parameter) else None
         return kept
 
     def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:

@@ -230,13 +230,18 @@ class Experiment:
     ) -> Outcome:
         """Trains and tests a row, or reads what of that is finished; a test of all weights goes on piece by piece."""
         model = self.meta_train(row, n_shot, lr=lr) if row.meta_trained else self.pretrain()
+        folder, facts = self._test_folder(row, n_shot, lr), self._test_facts(model, row, n_shot, n_tasks)
+        parts = Parts(
+            folder / "parts" if row.is_whole_network else None,
+            {**facts, "validation data": facts_of(self.stores["val"]), "tasks a piece": TASKS_PER_PART},
+            shard=Shard(),
+            resume=True,
+            replace=True,
+        )
         found = self._finished_test(model, row, n_shot, lr, n_tasks)
         if found is not None:
+            parts.remove()  # of a run that was stopped between its result and this
             return found
-        folder, facts = self._test_folder(row, n_shot, lr), self._test_facts(model, row, n_shot, n_tasks)
-        parts = Parts(None, facts, shard=Shard())
-        if row.is_whole_network:
-            parts = Parts(folder / "parts", facts, shard=Shard(), resume=True, replace=True)
         searching, testing = TimedParts(parts), TimedParts(parts)
         inner = None if row.meta_trained else self.choose_inner(model, n_shot, row, pieces=searching)
         result = self._tested(model, row, n_shot, inner, n_tasks, testing)

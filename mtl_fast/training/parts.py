@@ -57,7 +57,7 @@ class Parts:
         facts: what the pieces depend on, for JSON.
         shard: who writes.
         resume: go on with the pieces that this shard wrote before.
-        replace: compute a piece of other facts anew instead of raising.
+        replace: compute a piece that is damaged or of other facts anew instead of raising.
 
     Raises:
         InputError: the folder holds pieces and `resume` is off.
@@ -88,19 +88,15 @@ class Parts:
         """The piece of that name, computed and written if nobody has done so yet; on the CPU if it was read.
 
         Raises:
-            InputError: a piece there is damaged, or was computed from other facts.
+            InputError: a piece there is damaged, or was computed from other facts; not with `replace`.
         """
         path = self._find(name)
         if path is not None:
-            tensors, meta = checkpoint.load(path)
-            difference = checkpoint.first_difference(meta.get("facts", {}), self.facts)
-            if not difference:
-                return tensors
-            if not self._replace:
-                raise InputError(
-                    f"{path}: is of another evaluation ({difference}); go on with the same settings, or give "
-                    "another --output"
-                )
+            try:
+                return self._read(path)
+            except InputError:
+                if not self._replace:
+                    raise
         tensors = compute()
         if self._folder is not None:
             facts = {"kind": "part", "facts": self.facts, "provenance": checkpoint.provenance()}
@@ -111,6 +107,16 @@ class Parts:
         """Deletes all pieces, those of other shards too."""
         if self._folder is not None and self._folder.exists():
             shutil.rmtree(self._folder)
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        tensors, meta = checkpoint.load(path)
+        difference = checkpoint.first_difference(meta.get("facts", {}), self.facts)
+        if difference:
+            raise InputError(
+                f"{path}: is of another evaluation ({difference}); go on with the same settings, or give "
+                "another --output"
+            )
+        return tensors
 
     def _find(self, name: str) -> Path | None:
         if self._folder is None:

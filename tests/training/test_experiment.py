@@ -172,6 +172,8 @@ def test_a_stopped_test_of_all_weights_goes_on_piece_by_piece(
     monkeypatch.setattr(module, "TASKS_PER_PART", 3)
     whole = Experiment(CONFIG, tmp_path / "whole").outcome(UPDATE_ALL, 1, n_tasks=8)
     calls: list[str] = []
+    clock = itertools.count()
+    monkeypatch.setattr("mtl_fast.training.parts.time.monotonic", lambda: float(next(clock)))
 
     def stops_at(last: int) -> None:
         calls.clear()
@@ -201,7 +203,7 @@ def test_a_stopped_test_of_all_weights_goes_on_piece_by_piece(
     assert calls == ["score"] * 2  # of three pieces the first was there
     assert found.task_accuracy == whole.task_accuracy
     assert found.inner == whole.inner
-    assert found.seconds > 0
+    assert (found.seconds, found.test_seconds) == (2, 3)  # a tick a piece, whichever run computed it
     assert not list((tmp_path / "stopped").rglob("parts"))
 
 
@@ -210,17 +212,23 @@ def test_pieces_of_other_settings_are_computed_anew(
 ) -> None:
     monkeypatch.setattr(inner_search, "ALL_RATES", (0.01,))
     monkeypatch.setattr(inner_search, "ALL_STEPS", (1,))
-    original = module.score
+    original, search, searched = module.score, inner_search.evaluate_all_weights, []
 
     def stop(*_: object, **__: object) -> object:
         raise KeyboardInterrupt
 
+    def spy(*args: Any, **options: Any) -> object:
+        searched.append(options["n_steps"])
+        return search(*args, **options)
+
     monkeypatch.setattr(module, "score", stop)
+    monkeypatch.setattr(inner_search, "evaluate_all_weights", spy)
     with pytest.raises(KeyboardInterrupt):
         Experiment(CONFIG, tmp_path).outcome(UPDATE_ALL, 1, n_tasks=8)
     monkeypatch.setattr(module, "score", original)
     monkeypatch.setattr(inner_search, "ALL_STEPS", (2,))
     assert Experiment(CONFIG, tmp_path).outcome(UPDATE_ALL, 1, n_tasks=8).inner == (0.01, 2)
+    assert searched == [(1,), (2,)]
 
 
 def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothing(
@@ -228,13 +236,15 @@ def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothi
 ) -> None:
     monkeypatch.setattr(inner_search, "ALL_RATES", (0.01, 0.3))
     monkeypatch.setattr(inner_search, "ALL_STEPS", (1, 4))
-    experiment = Experiment(CONFIG, tmp_path)
+    deep = replace(CONFIG, meta=replace(CONFIG.meta, validation_tasks=12))
+    experiment = Experiment(CONFIG, tmp_path, maml_deep=deep)
     model = experiment.pretrain()
     inner = experiment.choose_inner(model, 1, UPDATE_ALL)
     assert inner.adapt == "all"
     config = experiment.with_shot(1)
     store = tiny.split("val")
-    episodes = validation_episodes(config, store, config.meta.validation_tasks)
+    episodes = validation_episodes(config, store, experiment.n_searched(UPDATE_ALL))
+    assert (experiment.n_searched(UPDATE_HEAD), episodes.n_tasks) == (CONFIG.meta.validation_tasks, 12)
     accuracies = {
         (lr, steps): float(
             evaluate(

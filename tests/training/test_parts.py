@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_a_piece_is_computed_once(tmp_path: Path) -> None:
     parts.remove()
     assert not (tmp_path / "parts").exists()
     parts.remove()
+
+
+def test_what_is_to_be_replaced_is_computed_anew_where_it_does_not_fit(tmp_path: Path) -> None:
+    calls: list[float] = []
+    get(Parts(tmp_path, FACTS, shard=Shard()), "a", 1.0, calls)
+    options: dict[str, Any] = {"shard": Shard(), "resume": True, "replace": True}
+    assert get(Parts(tmp_path, FACTS, **options), "a", 2.0, calls) == 1.0
+    other = Parts(tmp_path, {**FACTS, "weights": "def"}, **options)
+    assert [get(other, "a", value, calls) for value in (3.0, 4.0)] == [3, 3]
+    (file,) = tmp_path.rglob("a.safetensors")
+    file.write_bytes(file.read_bytes()[:-2])
+    assert [get(other, "a", value, calls) for value in (5.0, 6.0)] == [5, 5]
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
