@@ -36,6 +36,9 @@ from tests.training import tiny
 from tests.training.tiny import MAML as MAML_CONFIG
 
 CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
+DEEP = tiny.with_meta(
+    CONFIG, validation_tasks=12
+)  # where the search over all weights takes its tasks' number from
 
 
 @pytest.fixture
@@ -170,7 +173,7 @@ def test_a_stopped_test_of_all_weights_goes_on_piece_by_piece(
     monkeypatch.setattr(inner_search, "ALL_RATES", (0.01, 0.3))
     monkeypatch.setattr(inner_search, "ALL_STEPS", (1, 4))
     monkeypatch.setattr(module, "TASKS_PER_PART", 3)
-    whole = Experiment(CONFIG, tmp_path / "whole").outcome(UPDATE_ALL, 1, n_tasks=8)
+    whole = Experiment(CONFIG, tmp_path / "whole", maml_deep=DEEP).outcome(UPDATE_ALL, 1, n_tasks=8)
     calls: list[str] = []
     clock = itertools.count()
     monkeypatch.setattr("mtl_fast.training.parts.time.monotonic", lambda: float(next(clock)))
@@ -192,7 +195,7 @@ def test_a_stopped_test_of_all_weights_goes_on_piece_by_piece(
         "evaluate_all_weights": inner_search.evaluate_all_weights,
         "score": module.score,
     }
-    experiment = Experiment(CONFIG, tmp_path / "stopped")
+    experiment = Experiment(CONFIG, tmp_path / "stopped", maml_deep=DEEP)
     for last, seen in ((2, ["evaluate_all_weights"] * 2), (3, ["evaluate_all_weights", "score", "score"])):
         stops_at(last)
         with pytest.raises(KeyboardInterrupt):
@@ -224,10 +227,10 @@ def test_pieces_of_other_settings_are_computed_anew(
     monkeypatch.setattr(module, "score", stop)
     monkeypatch.setattr(inner_search, "evaluate_all_weights", spy)
     with pytest.raises(KeyboardInterrupt):
-        Experiment(CONFIG, tmp_path).outcome(UPDATE_ALL, 1, n_tasks=8)
+        Experiment(CONFIG, tmp_path, maml_deep=DEEP).outcome(UPDATE_ALL, 1, n_tasks=8)
     monkeypatch.setattr(module, "score", original)
     monkeypatch.setattr(inner_search, "ALL_STEPS", (2,))
-    assert Experiment(CONFIG, tmp_path).outcome(UPDATE_ALL, 1, n_tasks=8).inner == (0.01, 2)
+    assert Experiment(CONFIG, tmp_path, maml_deep=DEEP).outcome(UPDATE_ALL, 1, n_tasks=8).inner == (0.01, 2)
     assert searched == [(1,), (2,)]
 
 
@@ -236,8 +239,7 @@ def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothi
 ) -> None:
     monkeypatch.setattr(inner_search, "ALL_RATES", (0.01, 0.3))
     monkeypatch.setattr(inner_search, "ALL_STEPS", (1, 4))
-    deep = replace(CONFIG, meta=replace(CONFIG.meta, validation_tasks=12))
-    experiment = Experiment(CONFIG, tmp_path, maml_deep=deep)
+    experiment = Experiment(CONFIG, tmp_path, maml_deep=DEEP)
     model = experiment.pretrain()
     inner = experiment.choose_inner(model, 1, UPDATE_ALL)
     assert inner.adapt == "all"
@@ -245,6 +247,7 @@ def test_updating_all_weights_is_chosen_on_the_validation_split_and_learns_nothi
     store = tiny.split("val")
     episodes = validation_episodes(config, store, experiment.n_searched(UPDATE_ALL))
     assert (experiment.n_searched(UPDATE_HEAD), episodes.n_tasks) == (CONFIG.meta.validation_tasks, 12)
+    assert CONFIG.meta.validation_tasks != 12
     accuracies = {
         (lr, steps): float(
             evaluate(
