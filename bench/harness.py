@@ -223,6 +223,7 @@ def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[di
     everyone = [*contenders, product]
     collecting = gc.isenabled()
     gc.disable()
+    gc.freeze()  # what was there before is not looked through again in every round
     try:
         once = {c.name: _sample(c, 1) for c in everyone}
         calls = {name: max(1, math.ceil(settings.shortest_sample / t)) for name, t in once.items()}
@@ -235,6 +236,7 @@ def interleaved(contenders: Sequence[Contender], settings: Settings) -> tuple[di
                 times[c.name].append(_sample(c, calls[c.name]) / c.share)
             gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return times, 2 * size**3 / min(times.pop(product.name))
