@@ -1,8 +1,8 @@
 """Inner loops of the whole network: every weight of encoder and head adapted per task, all tasks at once (MAML).
 
 θ_0 is the shared weights; θ_{t+1} = θ_t − β·∇L_support(θ_t) for each task, and the query loss of θ_T is what moves
-θ_0. Tasks are batched by giving every parameter a leading dimension T (`task_conv`), or go
-one by one through fused layers where those serve (`_Network.task_by_task`). Source: arXiv 1703.03400.
+θ_0. Tasks are batched by giving every parameter a leading dimension T (`task_conv`), or go one by one through
+fused layers where those serve (`_Network.task_by_task`). Source: arXiv 1703.03400.
 """
 
 from __future__ import annotations

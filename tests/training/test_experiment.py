@@ -36,9 +36,8 @@ from tests.training import tiny
 from tests.training.tiny import MAML as MAML_CONFIG
 
 CONFIG = tiny.with_meta(tiny.with_pretrain(epochs=1), n_tasks=6, validate_every=6)
-DEEP = tiny.with_meta(
-    CONFIG, validation_tasks=12
-)  # where the search over all weights takes its tasks' number from
+# Where the search over all weights takes its number of tasks from.
+DEEP = tiny.with_meta(CONFIG, validation_tasks=12)
 
 
 @pytest.fixture
