@@ -80,7 +80,8 @@ def load(path: Path, fingerprint: str) -> Content | None:
         if meta.get("crc32") != _checksum(images, labels, meta["names"]):
             return None
         names, supers = json.loads(meta["names"])
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError):
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        # RuntimeError: the library opens the file twice, and torch's map finds a shorter one put there between.
         return None
     return Content(images, labels, tuple(names), None if supers is None else tuple(supers))
 

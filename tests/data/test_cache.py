@@ -219,6 +219,24 @@ def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, root: Path) -> Non
     assert len(list(folder.iterdir())) == 1  # that of this process
 
 
+def test_a_cache_cut_while_it_is_opened_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reads the header from the file that was there first, and torch maps the one that is there now."""
+    path = folder / "x.safetensors"
+    assert cache.save(path, "f", CONTENT) is None
+    original, mapped = torch.UntypedStorage.from_file, []
+
+    def replaced(name: str, **options: object) -> torch.UntypedStorage:
+        mapped.append(name)
+        cut = path.with_suffix(".cut")
+        cut.write_bytes(path.read_bytes()[:-1])
+        cut.replace(path)
+        return original(name, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    assert cache.load(path, "f") is None
+    assert mapped == [str(path)]
+
+
 BESIDE = """
 import sys, time
 from pathlib import Path
