@@ -88,6 +88,7 @@ shipped-model: native
 # Meta learning rates are those that `make results` chose on the validation split.
 ablation: native
 	$(BIN)/mtl-fast ablation --preset glyphs --rates docs/results/results.json $(ABLATION_FLAGS)
+	$(BIN)/python tools/update_readme.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from mtl_fast.training.checkpoint import short_commit
+
 from .records import Record, latest, read, spread_of
 
 COLUMNS = ("row", "against", "A", "B", "B/A", "ratio A", "ratio B", "")
@@ -26,7 +28,7 @@ def compare(a: Path, b: Path) -> str:
     if not common:
         lines.append("no row was measured in the same way in both files")
     commits = [
-        sorted({str(found["commit"])[:12] for found in found_in.values()}) for found_in in (first, second)
+        sorted({short_commit(found["commit"]) for found in found_in.values()}) for found_in in (first, second)
     ]
     lines.append(f"A: commit {', '.join(commits[0]) or '–'}; B: commit {', '.join(commits[1]) or '–'}")
     return "\n".join(lines)

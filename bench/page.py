@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtl_fast.training.checkpoint import short_commit
 from mtl_fast.training.figures import INK, PALE, RIGHT, WIDTH, WRONG, blank_figure, write_picture
 
 from .harness import Target
@@ -53,7 +54,7 @@ def _measured_with(found: Sequence[Record]) -> list[str]:
         return ", ".join(dict.fromkeys(str(r[name]) for r in found))
 
     versions = found[-1]["versions"]
-    commits = ", ".join(dict.fromkeys(str(r["commit"])[:12] for r in found))
+    commits = ", ".join(dict.fromkeys(short_commit(r["commit"]) for r in found))
     return [
         f"Made by `python -m bench` on {all_of('device')}, {all_of('threads')} threads,",
         f"torch {versions['torch']}, mtl_fast {versions['mtl_fast']}, commit {commits}, {all_of('date')}:",

@@ -212,7 +212,9 @@ class Embed:
 
     def run(self) -> None:
         from .training.embeddings import embed_split
+        from .training.ranks import refuse_ranks
 
+        refuse_ranks("embed")
         store = embed_split(**{name: getattr(self, name) for name in self.__dataclass_fields__})
         print(f"embeddings: {self.output} ({store.n_images} images, {store.n_classes} classes)")
 

@@ -78,7 +78,11 @@ def _description(name: str) -> str:
     data = _data_set(name)
     if data is not None:
         return f"{RECIPES[name.removesuffix(f'-{data}')][0]}; on {data}"
-    return RECIPES[name][0] if name in RECIPES else "the demo's way on the embedded characters"
+    if name in RECIPES:
+        return RECIPES[name][0]
+    like = name.removeprefix("glyphs-")
+    way = f"{RECIPES[like][0]};" if like in RECIPES else "the demo's way"
+    return f"{way} on the embedded characters"
 
 
 def _text(value: Any) -> str:

@@ -189,7 +189,7 @@ RECIPES: dict[str, tuple[str, Config]] = {
     "pytorch": ("MTL's PyTorch code", PYTORCH),
     "hard-tasks": ("MTL's hard-task code, without the bugs of its release", HARD_TASKS),
     "maml": ("MAML with Conv-4 from random weights; numbers in common use", MAML),
-    "maml-deep": ("MAML on the pre-trained network of paper; numbers in common use", MAML_DEEP),
+    "maml-deep": ("MAML on a pre-trained network; numbers in common use", MAML_DEEP),
 }
 
 # Data sets of the paper, and the side of their images in pixels.

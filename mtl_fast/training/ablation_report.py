@@ -13,7 +13,7 @@ from typing import Any
 from ..text_table import Style, grid
 from . import claims
 from .cells import Cell, Study
-from .checkpoint import provenance
+from .checkpoint import provenance, short_commit
 from .figures import Curve, convergence_figure
 from .report import differences
 from .rows import MAML, SS, Row
@@ -136,8 +136,8 @@ def _markdown(
     if drawn:
         parts.append(_ABOUT_THE_FIGURE)
     parts.append(
-        f"Made by `mtl-fast ablation` with mtl_fast {facts['mtl_fast']}, commit {facts['source_commit'][:12]}, torch "
-        f"{facts['torch']},\n{facts['platform']}, {facts['cpu_capability']}, one thread a run."
+        f"Made by `mtl-fast ablation` with mtl_fast {facts['mtl_fast']}, commit "
+        f"{short_commit(facts['source_commit'])}, torch {facts['torch']},\n{facts['platform']}, {facts['cpu_capability']}, one thread a run."
         + _machines(cells)
     )
     return "\n\n".join(parts) + "\n"
@@ -147,7 +147,7 @@ def _machines(cells: Mapping[tuple[str, int], Cell]) -> str:
     """Where the runs of a file of outcomes were made, in words; nothing without such a file."""
     made: dict[str, int] = {}
     for outcome in (outcome for cell in cells.values() for outcome in cell.outcomes if outcome.made):
-        where = f"commit {outcome.made['source_commit'][:12]} on {outcome.made['cpu_capability']}"
+        where = f"commit {short_commit(outcome.made['source_commit'])} on {outcome.made['cpu_capability']}"
         made[where] = made.get(where, 0) + 1
     told = "; ".join(f"{n} with {where}" for where, n in made.items())
     return f" Runs in the file of outcomes: {told}." if made else ""

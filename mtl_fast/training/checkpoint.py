@@ -289,10 +289,23 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
+def short_commit(commit: str) -> str:
+    """A commit of :func:`provenance` for readers: twelve characters, and whether the code differed from it."""
+    number, plus, _ = commit.partition("+")
+    return number[:12] + (" with changes" if plus else "")
+
+
 @functools.cache
 def _source_commit() -> str:
-    """The commit this package runs from, ``+changes`` added when the work tree differs; or ``unknown``."""
-    root = Path(__file__).resolve().parents[2]
+    return _commit_of(Path(__file__).resolve().parents[2])
+
+
+def _commit_of(root: Path) -> str:
+    """The commit of this package in `root`, ``+changes`` added when its code differs; or ``unknown``.
+
+    Results that are written into the work tree, line by line, change no code.
+    """
+    code = ("mtl_fast", "kernels", ":(glob)bench/**/*.py")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
@@ -306,7 +319,7 @@ def _source_commit() -> str:
         # An installed package may lie inside somebody else's repository; that commit is not ours.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return "unknown"
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

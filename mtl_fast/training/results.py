@@ -13,7 +13,7 @@ from ..config import Config, preset
 from ..errors import InputError
 from . import report
 from .cells import Cell, Study, Wanted, best_cell, run_cells, worker_pool
-from .checkpoint import provenance
+from .checkpoint import provenance, short_commit
 from .demo import draw_curves, draw_episode
 from .folder_lock import FolderLock
 from .models import device_of
@@ -134,6 +134,7 @@ def _markdown(cells: Sequence[Cell], best: dict[tuple[str, int], Cell], seeds: S
         corner="1-shot accuracy, %, at meta learning rate",
     )
     facts = provenance()
+    commit = short_commit(facts["source_commit"])
     n_tasks = len(best[SS.key, 1].outcomes[0].task_accuracy)
     return f"""{table}
 
@@ -152,7 +153,7 @@ How much each method depends on its meta learning rate (test accuracy, all seeds
 
 {by_rate}
 
-Made by `make results` with mtl_fast {facts["mtl_fast"]}, commit {facts["source_commit"][:12]}, torch {facts["torch"]},
+Made by `make results` with mtl_fast {facts["mtl_fast"]}, commit {commit}, torch {facts["torch"]},
 {facts["platform"]}, {facts["cpu_capability"]}, one thread a run.
 """
 

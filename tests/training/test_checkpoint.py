@@ -324,3 +324,24 @@ def test_provenance_says_where_from_and_holds_no_path() -> None:
     text = json.dumps(found)
     assert str(Path.home()) not in text
     assert str(Path(cp.__file__).resolve().parents[2]) not in text
+
+
+def test_a_commit_tells_whether_code_differs_from_it(tmp_path: Path) -> None:
+    for name in ("mtl_fast/x.py", "bench/y.py", "bench/results/cpu.jsonl", "docs/page.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    assert cp._commit_of(tmp_path) == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    clean = cp._commit_of(tmp_path)
+    assert cp.short_commit(clean) == clean[:12]
+    for name in ("bench/results/cpu.jsonl", "docs/page.md"):
+        (tmp_path / name).write_text("2")
+    assert cp._commit_of(tmp_path) == clean
+    for name in ("mtl_fast/x.py", "bench/y.py"):
+        (tmp_path / name).write_text("2")
+        changed = cp._commit_of(tmp_path)
+        assert changed == f"{clean}+changes"
+        assert cp.short_commit(changed) == f"{clean[:12]} with changes"
+        (tmp_path / name).write_text("1")

@@ -214,10 +214,17 @@ def test_a_wrong_input_is_one_line_on_all_ranks(
     )
     command = forks.run("command", 2, tmp_path / "c", arguments=["meta-train", "--preset", "none"])
     assert (command, "".join(said(tmp_path / "c")).count("\n")) == ([2, 2], 1)
-    demo = forks.run("command", 2, tmp_path / "d", arguments=["demo", "--output", str(tmp_path / "demo")])
-    assert demo == [2, 2]
-    assert "".join(said(tmp_path / "d")).startswith("mtl-fast: error: mtl-fast demo runs in one process")
-    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "results", "ablation", "embed"])
+def test_what_is_for_one_process_says_so(command: str, forks: RankForks, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    arguments = [command, "--output", str(output)] + ["--checkpoint", "none"] * (command == "embed")
+    assert forks.run("command", 2, tmp_path / "said", arguments=arguments) == [2, 2]
+    text = "".join(said(tmp_path / "said"))
+    assert text.startswith(f"mtl-fast: error: mtl-fast {command} runs in one process")
+    assert text.count("\n") == 1
+    assert not output.exists()
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
