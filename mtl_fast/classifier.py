@@ -99,10 +99,10 @@ class FewShotClassifier:
                 f"{model.path}: its inner loop adapts all weights (inner.adapt all); FewShotClassifier fits the head "
                 "alone, `mtl-fast evaluate` tests such models"
             )
-        if model.head is not None and config.meta.norm == "episode":
+        if model.norm == "episode":
             raise InputError(
-                f"{model.path}: was meta-trained with norm episode, whose features depend on the whole task; "
-                "FewShotClassifier has stored statistics only"
+                f"{model.path}: its norm takes the statistics of each task (norm episode, or an import without statistics), "
+                "so features depend on the whole task; FewShotClassifier has stored statistics only"
             )
         own: dict[str, Any] = {
             "preprocess": preprocess_of(config),

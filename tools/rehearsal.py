@@ -55,6 +55,12 @@ def write_data(folder: Path, *, quick: bool) -> None:
         os.replace(partial, path)
 
 
+def data_of(arguments: argparse.Namespace) -> Path:
+    """Their folder, another one for quick runs."""
+    output: Path = arguments.output
+    return output / ("data-quick" if arguments.quick else "data")
+
+
 def settings(name: str, data: Path, *, quick: bool) -> Any:
     """The recipe on the data; quick: a slim network, for a test of this tool."""
     from mtl_fast.config import preset
@@ -112,7 +118,7 @@ def measure(name: str, phase: str, arguments: argparse.Namespace) -> dict[str, A
     from mtl_fast.training.logging import NoLog
     from mtl_fast.training.pace import peak_memory
 
-    config = settings(name, arguments.output / "data", quick=arguments.quick)
+    config = settings(name, data_of(arguments), quick=arguments.quick)
     with tempfile.TemporaryDirectory() as folder:
         run = a_run(config, phase, Path(folder))
         run._begin(NoLog())
@@ -141,7 +147,6 @@ def measure(name: str, phase: str, arguments: argparse.Namespace) -> dict[str, A
         else:
             n_validations = 1 + config.meta.n_tasks // config.meta.validate_every
         return {
-            "iterations": arguments.iterations,
             "seconds": seconds[1:],
             "peak_bytes": max(peak, peak_memory(run.device)),
             "total_iterations": run.total,
@@ -185,15 +190,20 @@ def table(results: dict[tuple[str, str], dict[str, Any] | str]) -> str:
     return grid(head, body, "markdown")
 
 
+def how(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a measurement was made with; another one is not taken for it."""
+    return {name: getattr(arguments, name) for name in ("iterations", "validation_tasks", "quick")}
+
+
 def rehearse(arguments: argparse.Namespace) -> str:
     """Measures what is missing, each phase in a process of its own, and writes the table."""
     output: Path = arguments.output
-    write_data(output / "data", quick=arguments.quick)
+    write_data(data_of(arguments), quick=arguments.quick)
     environment = {**os.environ, "MTL_FAST_CACHE_DIR": str(output / "cache")}
     results: dict[tuple[str, str], dict[str, Any] | str] = {}
     measured: dict[Any, str] = {}  # settings of pre-training → the recipe that measured them
     for name in arguments.presets:
-        config = settings(name, output / "data", quick=arguments.quick)
+        config = settings(name, data_of(arguments), quick=arguments.quick)
         for phase in PHASES:
             if phase == "pretrain":
                 same = (config.data, config.encoder, config.pretrain)
@@ -204,7 +214,7 @@ def rehearse(arguments: argparse.Namespace) -> str:
                     results[name, phase] = f"as {measured[same]}"
                     continue
             file = output / f"{name}-{phase}.json"
-            if not file.exists() or json.loads(file.read_text("utf-8"))["iterations"] != arguments.iterations:
+            if not file.exists() or not how(arguments).items() <= json.loads(file.read_text("utf-8")).items():
                 print(f"{name}, {phase}: {arguments.iterations} iterations", file=sys.stderr, flush=True)
                 command = [sys.executable, __file__, "--measure", name, phase, "--output", str(output)]
                 command += ["--iterations", str(arguments.iterations)]
@@ -235,9 +245,11 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "PHASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        found = measure(*arguments.measure, arguments)
+        found = measure(*arguments.measure, arguments) | how(arguments)
         file = arguments.output / f"{'-'.join(arguments.measure)}.json"
-        file.write_text(json.dumps(found), encoding="utf-8")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, file)
         return
     print(rehearse(arguments))
 

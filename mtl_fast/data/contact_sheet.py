@@ -39,7 +39,7 @@ def write_contact_sheet(path: Path, stores: Mapping[str, ImageStore]) -> None:
     content = io.BytesIO()
     sheet.save(content, "PNG")
     try:
-        replace_file(path, [content.getvalue()])
+        replace_file(path, [content.getvalue()], shared=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another --output") from None
 

@@ -125,7 +125,12 @@ class ImageFiles(DataSet):
     def listing(self, split: str) -> Listing:
         """What `list_images` says, asked once."""
         if split not in self._listings:
-            self._listings[split] = self.list_images(split)
+            listing = self.list_images(split)
+            if not listing.images:
+                raise InputError(
+                    f"{self.root}: no image is in split {split!r}; get it again, or name another split"
+                )
+            self._listings[split] = listing
         return self._listings[split]
 
     def lists(self, split: str) -> Sequence[Path]:

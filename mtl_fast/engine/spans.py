@@ -45,7 +45,12 @@ class Spans:
             if self._on_gpu:
                 start, end = self._next_events(name)
                 start.record()
-                yield
+                try:
+                    yield
+                except BaseException:
+                    # An event that nobody recorded has no time; out of memory is tried once more with fewer images.
+                    self._open[name] = self._used[name] = self._open[name] - 1
+                    raise
                 end.record()
             else:
                 began = time.perf_counter()

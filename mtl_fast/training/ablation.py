@@ -11,7 +11,7 @@ from ..config import DataConfig, preset
 from ..errors import InputError
 from .ablation_plan import plan_text
 from .ablation_report import publish
-from .cells import Study, finished_cells, run_cells, worker_pool
+from .cells import Study, finished_cells, require_distinct, run_cells, worker_pool
 from .folder_lock import FolderLock
 from .models import device_of
 from .rows import ALL_ROWS, Row
@@ -118,8 +118,13 @@ def _scope(
     if unknown:
         raise InputError(f"--rows: {unknown[0]!r} is unknown; choose of: {', '.join(known)}")
     chosen: tuple[Row, ...] = tuple(row for row in ALL_ROWS if not keys or row.key in keys)
-    if not shots or not seeds:
-        raise InputError("--shots and --seeds need at least one number each")
+    for option, numbers in (
+        ("--shots", shots),
+        ("--seeds", seeds),
+        ("--whole-network-shots", whole_network_shots),
+        ("--whole-network-seeds", whole_network_seeds),
+    ):
+        require_distinct(option, numbers)
     if not 2 <= whole_network_tasks <= test_tasks:
         raise InputError(
             f"--whole-network-tasks is {whole_network_tasks}; it must be at least 2 and at most --test-tasks, {test_tasks}"

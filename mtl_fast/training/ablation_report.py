@@ -15,6 +15,7 @@ from . import claims
 from .cells import Cell, Study
 from .checkpoint import provenance, short_commit
 from .figures import Curve, convergence_figure
+from .folder_lock import FolderLock
 from .report import differences
 from .rows import MAML, SS, Row
 from .run import make_folder, write_text
@@ -54,12 +55,14 @@ def publish(folder: Path, study: Study, scope: Scope, cells: Mapping[tuple[str, 
     make_folder(folder)
     shots = tuple(dict.fromkeys((*scope.shots, *scope.whole_network_shots)))
     panels = _panels(cells, shots)
-    write_text(folder / "ablation.md", _markdown(study, scope, cells, shots, bool(panels)))
-    write_text(folder / "ablation.tex", table(scope.rows, cells, shots, "latex") + "\n")
-    write_text(folder / "ablation.csv", _csv(scope.rows, cells, shots))
-    write_text(folder / "ablation.json", json.dumps(_summary(study, scope, cells, shots), indent=1) + "\n")
-    if panels:
-        convergence_figure(folder / "convergence.png", panels)
+    summary = json.dumps(_summary(study, scope, cells, shots), indent=1)
+    with FolderLock(folder):
+        write_text(folder / "ablation.md", _markdown(study, scope, cells, shots, bool(panels)))
+        write_text(folder / "ablation.tex", table(scope.rows, cells, shots, "latex") + "\n")
+        write_text(folder / "ablation.csv", _csv(scope.rows, cells, shots))
+        write_text(folder / "ablation.json", summary + "\n")
+        if panels:
+            convergence_figure(folder / "convergence.png", panels)
 
 
 def table(
@@ -137,8 +140,8 @@ def _markdown(
         parts.append(_ABOUT_THE_FIGURE)
     parts.append(
         f"Made by `mtl-fast ablation` with mtl_fast {facts['mtl_fast']}, commit "
-        f"{short_commit(facts['source_commit'])}, torch {facts['torch']},\n{facts['platform']}, {facts['cpu_capability']}, one thread a run."
-        + _machines(cells)
+        f"{short_commit(facts['source_commit'])}, torch {facts['torch']},\n"
+        f"{facts['platform']}, {facts['cpu_capability']}, one thread a run." + _machines(cells)
     )
     return "\n\n".join(parts) + "\n"
 

@@ -19,11 +19,27 @@ import torch
 from tqdm import tqdm
 
 from ..config import GLYPHS_MAML, GLYPHS_MAML_DEEP, Config
+from ..errors import InputError
 from .experiment import Experiment, Outcome
 from .outcomes import Outcomes
 from .rows import Row
 from .run import Interrupted
 from .statistics import Interval, mean_interval
+
+
+def require_distinct(option: str, numbers: Sequence[int]) -> None:
+    """What is computed for each number of an option needs one, and each once.
+
+    Raises:
+        InputError: there is none, or one comes twice.
+    """
+    if not numbers:
+        raise InputError(
+            f"{option} needs at least one number; to leave rows out, name the others with --rows"
+        )
+    twice = next((number for number in numbers if list(numbers).count(number) > 1), None)
+    if twice is not None:
+        raise InputError(f"{option} names {twice} twice")
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
             header = file.metadata() or {}
             if header.get("format") != checkpoints.FORMAT:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        # RuntimeError: torch maps a file that was replaced by a shorter one since its header was read.
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be read as safetensors ({reason}); make it again") from error
     if header.get("format") == checkpoints.FORMAT:

@@ -143,6 +143,7 @@ class Experiment:
             "learn": row.learn,
             "last_block_only": row.last_block_only,
             "hard": row.hard,
+            "train_affine": recipe.meta.train_affine and row.learn != "head",
         }
         if lr is not None:
             rates = (
@@ -192,8 +193,16 @@ class Experiment:
         episodes = validation_episodes(config, store, n_tasks or self.n_searched(row))
         preprocess = preprocess_of(config)
         head = LinearHead(model.encoder.feature_dim, config.episodes.n_way, init="zeros").to(self.device)
-        best = inner_search.best_of_all if row.is_whole_network else inner_search.best_of_head
-        lr, steps = best(model.encoder, head, store, episodes, preprocess, pieces or TimedParts())
+        lr, steps = inner_search.best_inner_loop(
+            model.encoder,
+            head,
+            store,
+            episodes,
+            preprocess,
+            pieces or TimedParts(),
+            adapt=row.adapt,
+            mirror_support=config.evaluation.mirror_support,
+        )
         return replace(config.inner, lr=lr, test_lr=None, test_steps=steps, adapt=row.adapt)
 
     def test(
@@ -322,8 +331,10 @@ class Experiment:
         if row.meta_trained:
             return None
         if row.is_whole_network:
-            return [inner_search.ALL_RATES, inner_search.ALL_STEPS, self.n_searched(row)]
-        return inner_search.INNER_GRID
+            grid: list[Any] = [inner_search.ALL_RATES, inner_search.ALL_STEPS, self.n_searched(row)]
+        else:
+            grid = list(inner_search.INNER_GRID)
+        return [*grid, "mirrored"] if self.config.evaluation.mirror_support else grid
 
     def _finished_test(
         self, model: Model, row: Row, n_shot: int, lr: float | None, n_tasks: int | None

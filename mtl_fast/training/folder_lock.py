@@ -15,8 +15,8 @@ try:
 except ImportError:  # no POSIX: folders are not locked
     fcntl = None  # type: ignore[assignment]  # no module
 
-# Seconds: a killed command's workers take a moment to end.
-PATIENCE, PAUSE = 3.0, 0.05
+# Seconds: a killed command's workers take a moment to end. What is finished is only read, by a study's workers in turn.
+PATIENCE, PATIENCE_WITH_READERS, PAUSE = 3.0, 120.0, 0.05
 # Folders that this process has → descriptor and how many claims: a demo's phases lie in the demo's own folders.
 _claimed: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -31,13 +31,14 @@ class FolderLock:
     Args:
         folder: exists; None claims nothing.
         shared: others may share the folder, such as shards, but nobody may have it alone.
+        finished: nobody works there for longer than reading takes, so others are waited for.
 
     Raises:
         InputError: another process is at work there.
     """
 
-    def __init__(self, folder: Path | None, *, shared: bool = False) -> None:
-        self._folder, self._shared = folder, shared
+    def __init__(self, folder: Path | None, *, shared: bool = False, finished: bool = False) -> None:
+        self._folder, self._shared, self._finished = folder, shared, finished
         self._give_back: weakref.finalize | None = None
         self.claim()
 
@@ -65,7 +66,7 @@ class FolderLock:
     def _locked(self, descriptor: int) -> bool:
         """Whether the lock was to be had, or there are none here."""
         kind = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + (PATIENCE_WITH_READERS if self._finished else PATIENCE)
         while True:
             try:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

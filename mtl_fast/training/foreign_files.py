@@ -103,6 +103,8 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     for key, value in content.items():
         name = key.decode("latin1") if isinstance(key, bytes) else str(key)
         if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "biuf":
+                raise InputError(f"{path}: {name!r} is an array of {value.dtype}, not of numbers")
             # Native byte order and memory of its own.
             value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
         if not isinstance(value, Tensor):

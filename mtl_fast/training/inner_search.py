@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.store import ImageStore
-from ..engine.evaluate import embed_episodes, fit_and_score
+from ..engine.evaluate import Adapt, embed_episodes, fit_and_score
 from ..engine.inner_loops import evaluate_all_weights
 from ..engine.inputs import Preprocess
 from ..engine.scores import Evaluation
@@ -22,44 +22,47 @@ INNER_GRID = tuple(itertools.product((0.002, 0.005, 0.01, 0.02, 0.05, 0.1), (10,
 ALL_RATES, ALL_STEPS = (0.003, 0.01, 0.03, 0.1), (5, 10, 20, 50)
 
 
-def best_of_head(
+def best_inner_loop(
     encoder: Encoder,
     head: LinearHead,
     store: ImageStore,
     episodes: Episodes,
     preprocess: Preprocess,
     pieces: TimedParts,
+    *,
+    adapt: Adapt,
+    mirror_support: bool = False,
 ) -> tuple[float, int]:
-    """Step size and number of steps of `INNER_GRID` with the best mean accuracy, the head adapted alone.
+    """Step size and number of steps with the best mean accuracy: of `INNER_GRID`, or of `ALL_RATES` and `ALL_STEPS`.
 
     Args:
-        encoder, head, store, episodes, preprocess: as of `engine.evaluate`.
-        pieces: where finished parts of the search are kept and found.
+        encoder, head, store, episodes, preprocess, mirror_support: as of `engine.evaluate`.
+        pieces: where finished parts of the search are kept and found: with all weights a piece a step size, which
+            takes minutes.
+        adapt: the head alone, or all weights.
     """
 
-    def search() -> dict[str, Tensor]:
-        embedded = embed_episodes(encoder, store, episodes, preprocess)
+    def search_head() -> dict[str, Tensor]:
+        embedded = embed_episodes(encoder, store, episodes, preprocess, mirror_support=mirror_support)
         return _means(fit_and_score(embedded, head, inner_lr=lr, inner_steps=n) for lr, n in INNER_GRID)
 
-    return _best(INNER_GRID, {"search": search}, pieces)
-
-
-def best_of_all(
-    encoder: Encoder,
-    head: LinearHead,
-    store: ImageStore,
-    episodes: Episodes,
-    preprocess: Preprocess,
-    pieces: TimedParts,
-) -> tuple[float, int]:
-    """The same of `ALL_RATES` and `ALL_STEPS`, all weights adapted; a piece a step size, which takes minutes."""
-
-    def search(lr: float) -> dict[str, Tensor]:
+    def search_all(lr: float) -> dict[str, Tensor]:
         return _means(
-            evaluate_all_weights(encoder, head, store, episodes, preprocess, inner_lr=lr, n_steps=ALL_STEPS)
+            evaluate_all_weights(
+                encoder,
+                head,
+                store,
+                episodes,
+                preprocess,
+                inner_lr=lr,
+                n_steps=ALL_STEPS,
+                mirror_support=mirror_support,
+            )
         )
 
-    searches = {f"search-{lr:g}": partial(search, lr) for lr in ALL_RATES}
+    if adapt == "head":
+        return _best(INNER_GRID, {"search": search_head}, pieces)
+    searches = {f"search-{lr:g}": partial(search_all, lr) for lr in ALL_RATES}
     return _best(tuple(itertools.product(ALL_RATES, ALL_STEPS)), searches, pieces)
 
 

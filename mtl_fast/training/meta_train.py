@@ -27,7 +27,7 @@ from . import checkpoint
 from .hard_classes import PICTURE, HardClasses, draw_hard_classes
 from .logging import RunLog
 from .meta_checks import check_normalisation, check_random_start, check_rounds, check_statistics
-from .meta_update import adam, guarded_step, set_rates
+from .meta_update import adam, guarded_step, keep_on_device, set_rates
 from .models import (
     Model,
     architecture,
@@ -361,6 +361,7 @@ class MetaTraining(Phase):
         return {"images_per_chunk": self.engine.images_per_chunk}
 
     def _load_loop_state(self) -> None:
+        keep_on_device(self.optimizer)
         self.engine.images_per_chunk = self.folder.meta["images_per_chunk"]
         self.sums = self.folder.section("loop")["sums"].to(self.device)
         if self.pool is not None:

@@ -88,7 +88,9 @@ def learnable(encoder: Encoder, config: Config) -> list[nn.Parameter]:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device that `config.device` names.
+    """The device that `config.device` names; a GPU named by its number becomes the current one.
+
+    Streams, events and captured graphs are made on the current GPU.
 
     Raises:
         InputError: it is unknown or not here.
@@ -110,6 +112,8 @@ def device_of(config: Config) -> torch.device:
         raise InputError(
             f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -24,7 +24,8 @@ class Outcomes:
     weights: those of another machine differ in the last bits, and so may accuracies by some tasks.
 
     Args:
-        file: read where it is there; lines are added to it.
+        file: read where it is there; lines are added to it. What follows the last line break was cut off by a full disk or
+            a kill: it is left out, and overwritten by the next line.
 
     Raises:
         InputError: a line of it cannot be read.
@@ -34,7 +35,8 @@ class Outcomes:
         self.file = file
         self._known: list[tuple[dict[str, Any], Outcome]] = []
         if file.exists():
-            for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            whole, _, _ = file.read_bytes().rpartition(b"\n")
+            for number, line in enumerate(whole.splitlines(), 1):
                 try:
                     entry = json.loads(line)
                     self._known.append((_comparable(entry["facts"]), _unpacked(entry["outcome"])))
@@ -65,8 +67,11 @@ class Outcomes:
         outcome = dataclasses.replace(outcome, made=made)
         facts = _facts(experiment, row, n_shot, lr=lr, n_tasks=n_tasks)
         self._known.append((facts, outcome))
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"facts": facts, "outcome": _packed(outcome)}) + "\n")
+        line = json.dumps({"facts": facts, "outcome": _packed(outcome)}) + "\n"
+        with self.file.open("a+b") as stream:
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+            stream.write(line.encode())
         return outcome
 
 

@@ -24,7 +24,7 @@ from ..nn import Encoder
 from ..random_streams import RandomStreams
 from . import checkpoint
 from .logging import NoLog, RunLog
-from .meta_update import LossScale, keep_on_device
+from .meta_update import LossScale
 from .models import (
     device_of,
     encoder_dtype,
@@ -187,13 +187,14 @@ class Phase(ABC):
 
     def time_updates(self, n: int) -> float:
         """Seconds an update takes, from `n` of them after one to warm up; the state moves on, and nothing is saved."""
-        self._begin(NoLog())
-        for i in range(n + 1):
-            if i == 1:
-                start = time.monotonic()
-            self._update()
-            float(next(self.head.parameters()).detach().flatten()[0])  # waits for the device
-        return (time.monotonic() - start) / n
+        with nullcontext() if self.ahead is None else self.ahead:
+            self._begin(NoLog())
+            for i in range(n + 1):
+                if i == 1:
+                    start = time.monotonic()
+                self._update()
+                float(next(self.head.parameters()).detach().flatten()[0])  # waits for the device
+            return (time.monotonic() - start) / n
 
     def _checkpoint(self, log: RunLog | None = None) -> None:
         """Saves the state, after a report where there is a log for it."""
@@ -323,7 +324,6 @@ class Phase(ABC):
             raise InputError(f"{folder.checkpoint}: is of phase {meta.get('phase')!r}, not of {self.name}")
         load_weights(folder.section("current"), self.encoder, self.head)
         checkpoint.unpack_optimizer(self.optimizer, folder.tensors, meta["optimizer"])
-        keep_on_device(self.optimizer)
         self.streams.load_state_dict(folder.section("streams"))
         if self.loss_scale is not None:
             self.loss_scale.load_state_dict(folder.section("loss_scale"))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..classifier import FewShotClassifier
 from ..data.support_folder import SupportFolder, read_images
 from ..text_table import grid
+from .folder_lock import FolderLock
 from .models import SHIPPED
 from .prediction_picture import prediction_picture
 from .run import make_folder, write_bytes
@@ -64,6 +65,10 @@ class Predictions:
         """
         folder = Path(folder)
         make_folder(folder)
+        with FolderLock(folder):
+            self._save(folder)
+
+    def _save(self, folder: Path) -> None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["file", "class", "probability", *(f"p({name})" for name in self.class_names)])

@@ -12,7 +12,7 @@ from typing import Any
 from ..config import Config, preset
 from ..errors import InputError
 from . import report
-from .cells import Cell, Study, Wanted, best_cell, run_cells, worker_pool
+from .cells import Cell, Study, Wanted, best_cell, require_distinct, run_cells, worker_pool
 from .checkpoint import provenance, short_commit
 from .demo import draw_curves, draw_episode
 from .folder_lock import FolderLock
@@ -57,6 +57,7 @@ def results(
     config = replace(preset("glyphs"), device=device)
     if device_of(config).type == "cpu":
         tell_of_missing_kernels()  # here, for the workers are silent
+    require_distinct("--seeds", seeds)
     for seed in seeds:
         replace(config, seed=seed)  # one that is out of range ends it here
     for folder in (output, publish):  # before the work, not after it
@@ -78,14 +79,17 @@ def _results(config: Config, output: Path, publish: Path, seeds: tuple[int, ...]
         chosen = {row: best_cell(cells, row, 1).rate for row in (UPDATE_HEAD, *ROWS)}
         cells += run([(row, 5, rate) for row, rate in chosen.items()], "5-shot")
     best = {(row.key, n): best_cell(cells, row, n) for row in (UPDATE_HEAD, *ROWS) for n in SHOTS}
-    write_text(publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n")
-    write_text(publish / "results.md", _markdown(cells, best, seeds))
-    draw_curves(publish / "curves.png", {key: cell.mean_curve() for key, cell in best.items()})
-    report.rate_sensitivity_figure(publish / "rates.png", {"1-shot": _rate_curves(cells)})
     first = study.experiment(seeds[0])
     model = first.meta_train(SS_HT, 1, lr=chosen[SS_HT])
     _, evaluation, episodes = first.test(model, 1)
-    draw_episode(publish / "episode.png", first, evaluation, episodes)
+    with FolderLock(publish):
+        write_text(
+            publish / "results.json", json.dumps(_summary(config, seeds, cells, best), indent=1) + "\n"
+        )
+        write_text(publish / "results.md", _markdown(cells, best, seeds))
+        draw_curves(publish / "curves.png", {key: cell.mean_curve() for key, cell in best.items()})
+        report.rate_sensitivity_figure(publish / "rates.png", {"1-shot": _rate_curves(cells)})
+        draw_episode(publish / "episode.png", first, evaluation, episodes)
     print(f"published in {publish}")
 
 

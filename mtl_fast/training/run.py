@@ -117,7 +117,7 @@ class RunFolder:
                 f"{self.path}: holds a run already ({occupied[0].name}); --resume continues it, or give another --output"
             )
         make_folder(self.path)
-        self.lock = FolderLock(self.path)
+        self.lock = FolderLock(self.path, finished=self.model.exists())
         if self.checkpoint.exists():
             self.tensors, self.meta = checkpoint.load(self.checkpoint)
             self._check_same()

@@ -57,6 +57,7 @@ class Changes:
             evaluation=replace(config.evaluation, **{k: v for k, v in test.items() if v is not None}),
             seed=self.seed,
             device=self.device,
+            precision="fp32",  # of training alone
         )
 
 

@@ -106,3 +106,9 @@ def test_boxes_asked_for_must_be_there(tmp_path: Path) -> None:
     assert "has no box to crop to, like 6 of 6 images; leave data.crop_to_box out" in error_of(
         root, "train", crop_to_box=True
     )
+
+
+def test_a_split_without_images_is_named(tmp_path: Path) -> None:
+    root = cub(tmp_path)
+    write(root / "cu_birds_splits.json", json.dumps({"train": BIRDS, "valid": [], "test": BIRDS[:1]}))
+    assert error_of(root, "val") == f"{root}: no image is in split 'val'; get it again, or name another split"

@@ -100,3 +100,19 @@ def test_on_a_gpu_the_last_step_counts_and_nobody_waits(monkeypatch: pytest.Monk
     step(1, replayed=True)
     Event.reached = Event.now
     assert set(spans.shares()) == {"data", "encoder"}
+
+
+def test_what_ended_in_an_error_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a step without memory for its images, which is then made with fewer."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "now", 0.0)
+    monkeypatch.setattr(Event, "reached", 100.0)
+    spans = Spans("cuda")
+    spans.begin()
+    with spans(WHOLE):
+        with pytest.raises(MemoryError), spans("encoder"):
+            raise MemoryError
+        with spans("encoder"):
+            Event.now += 3.0
+        Event.now += 1.0
+    assert spans.shares() == pytest.approx({"encoder": 0.75})

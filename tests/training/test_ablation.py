@@ -144,8 +144,11 @@ def test_data_and_recipes_are_those_asked_for(tmp_path: Path, monkeypatch: pytes
     [
         ({"rows": ("sss",)}, "--rows: 'sss' is unknown; choose of: update-all, update-head, ft-head"),
         ({"rows": ("ss-ht",)}, "--rows: ss-ht takes the rate of ss; name that too"),
-        ({"shots": ()}, "--shots and --seeds need at least one number each"),
-        ({"seeds": ()}, "--shots and --seeds need at least one number each"),
+        ({"shots": ()}, "--shots needs at least one number; to leave rows out, name the others with --rows"),
+        ({"seeds": ()}, "--seeds needs at least one number"),
+        ({"whole_network_seeds": ()}, "--whole-network-seeds needs at least one number"),
+        ({"whole_network_shots": ()}, "--whole-network-shots needs at least one number"),
+        ({"seeds": (1, 0, 1)}, "--seeds names 1 twice"),
         ({"test_tasks": 3}, "--whole-network-tasks is 4; it must be at least 2 and at most --test-tasks, 3"),
         ({"rates": "nowhere.json"}, "nowhere.json: holds no rates"),
     ],
@@ -194,3 +197,24 @@ def test_a_damaged_file_of_outcomes_is_one_line(tmp_path: Path) -> None:
     shared.write_text(shared.read_text()[:-40] + "\n")
     with pytest.raises(InputError, match=r"outcomes.jsonl, line 1: not the outcome of a run"):
         run(tmp_path / "two", rows=("update-head",), shots=(1,), seeds=(0,), outcomes=shared)
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_line_of_outcomes_that_was_cut_off_is_made_again(tmp_path: Path, cut: int) -> None:
+    """By a full disk or a kill; what stands before it is kept."""
+    shared = tmp_path / "outcomes.jsonl"
+    only = {"rows": ("update-head",), "outcomes": shared}
+    run(tmp_path / "one", shots=(1,), seeds=(0,), **only)
+    first = shared.read_bytes()
+    run(tmp_path / "one", shots=(1,), seeds=(0, 1), **only)
+    both = shared.read_bytes()
+    assert both.startswith(first)
+    assert both.count(b"\n") == 2
+    shared.write_bytes(both[:-cut])
+    run(tmp_path / "one", shots=(1,), seeds=(0, 1), **only)
+    again = shared.read_bytes()
+    assert again.startswith(first)
+    assert again.count(b"\n") == 2
+    assert [json.loads(line)["facts"] for line in again.splitlines()] == [
+        json.loads(line)["facts"] for line in both.splitlines()
+    ]

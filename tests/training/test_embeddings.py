@@ -191,3 +191,19 @@ def test_adapted_weights_have_no_features_of_one_image(maml_trained: Path, tmp_p
     checkpoint.save(tmp_path / "model.safetensors", tensors, meta)
     with pytest.raises(InputError, match="its inner loop adapts all weights, so an image has other features"):
         embed_split(tmp_path, tmp_path / "f.safetensors", device="cpu")
+
+
+def test_a_file_replaced_while_it_is_opened_is_named(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "f.safetensors"
+    embed_split(pretrained, file, device="cpu")
+    original = torch.UntypedStorage.from_file
+
+    def replaced(name: str, **options: Any) -> torch.UntypedStorage:
+        file.write_bytes(file.read_bytes()[:-1])
+        return original(name, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_embeddings(file)

@@ -31,6 +31,7 @@ from mtl_fast.training.rows import (
     SS_LAST,
     UPDATE_ALL,
     UPDATE_HEAD,
+    Row,
 )
 from tests.training import tiny
 from tests.training.tiny import MAML as MAML_CONFIG
@@ -102,9 +103,9 @@ def test_the_inner_loop_is_the_best_of_the_grid_on_the_validation_split(
     test_split, tested = tiny.split("test"), []
     original = inner_search.embed_episodes
 
-    def spy(encoder: object, store: ImageStore, *rest: object) -> object:
+    def spy(encoder: object, store: ImageStore, *rest: object, **options: object) -> object:
         tested.append(store)
-        return original(encoder, store, *rest)  # type: ignore[arg-type]
+        return original(encoder, store, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(inner_search, "embed_episodes", spy)
     inner = experiment.choose_inner(model, 1)
@@ -123,6 +124,39 @@ def test_the_inner_loop_is_the_best_of_the_grid_on_the_validation_split(
     }
     assert accuracies[inner.lr, inner.test_steps] == max(accuracies.values())
     assert (inner.train_steps, inner.order) == (CONFIG.inner.train_steps, CONFIG.inner.order)
+
+
+@pytest.mark.parametrize("row", [UPDATE_HEAD, UPDATE_ALL], ids=lambda row: row.key)
+def test_the_inner_loop_is_chosen_on_support_sets_like_those_of_the_test(
+    row: Row, loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inner_search, "INNER_GRID", ((0.01, 1),))
+    monkeypatch.setattr(inner_search, "ALL_RATES", (0.01,))
+    monkeypatch.setattr(inner_search, "ALL_STEPS", (1,))
+    seen: list[bool] = []
+    name = "evaluate_all_weights" if row.is_whole_network else "embed_episodes"
+    original = getattr(inner_search, name)
+
+    def spy(*arguments: object, mirror_support: bool, **options: object) -> object:
+        seen.append(mirror_support)
+        return original(*arguments, mirror_support=mirror_support, **options)
+
+    monkeypatch.setattr(inner_search, name, spy)
+    searched = []
+    for mirrored in (False, True):
+        config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, mirror_support=mirrored))
+        experiment = Experiment(config, tmp_path / str(mirrored))
+        experiment.choose_inner(experiment.pretrain(), 1, row, n_tasks=2)
+        searched.append(experiment._searched(row))
+    assert seen == [False, True]
+    assert searched[0] != searched[1]  # so a test after another search is made again
+
+
+def test_a_row_that_learns_the_head_alone_leaves_the_norms_alone(tmp_path: Path) -> None:
+    config = replace(CONFIG, meta=replace(CONFIG.meta, train_affine=True))
+    experiment = Experiment(config, tmp_path)
+    trained = {row.key: experiment.settings(row, 1).meta.train_affine for row in (FT_HEAD, FT_ALL, SS)}
+    assert trained == {"ft-head": False, "ft-all": True, "ss": True}
 
 
 def test_all_rows_are_tested_on_the_same_tasks(loaded: list[str], tmp_path: Path) -> None:

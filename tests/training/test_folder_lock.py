@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,28 +18,9 @@ from mtl_fast.errors import InputError
 from mtl_fast.training import folder_lock
 from mtl_fast.training.folder_lock import FolderLock
 from tests.training import tiny
+from tests.training.locks import another_process
 
 pytestmark = pytest.mark.skipif(folder_lock.fcntl is None, reason="this system locks no folders")
-
-HOLDER = """
-import fcntl, os, sys
-fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), getattr(fcntl, sys.argv[2]))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_process(folder: Path, kind: str = "LOCK_EX") -> Iterator[subprocess.Popen[str]]:
-    """Another process at work in the folder."""
-    command = [sys.executable, "-c", HOLDER, str(folder), kind]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def is_free(folder: Path) -> bool:
@@ -178,3 +160,13 @@ def test_a_run_gives_its_folder_back(pretrained: Path, tmp_path: Path) -> None:
     run.run()
     assert seen == [False]
     assert is_free(tmp_path)
+
+
+def test_a_finished_folder_is_waited_for(tmp_path: Path, impatient: None) -> None:
+    """The workers of a study read one pre-training in turn, and there may be many."""
+    with another_process(tmp_path) as process:
+        threading.Timer(0.3, process.kill).start()
+        with pytest.raises(InputError, match="another run is at work there"):
+            FolderLock(tmp_path)
+        with FolderLock(tmp_path, finished=True):
+            assert process.wait(10) != 0

@@ -115,3 +115,8 @@ def test_a_state_is_float32_and_has_no_module_in_its_names(tmp_path: Path) -> No
         "net.a": torch.float32,
         "n": torch.int64,
     }
+
+
+def test_an_array_of_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'names' is an array of <U3, not of numbers"):
+        read_npy(npy(tmp_path / "a.npy", {"names": np.array(["one", "two"])}))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mtl_fast import FewShotClassifier
 from mtl_fast.cli import main
 from mtl_fast.errors import InputError
 from mtl_fast.training import checkpoint, meta_train
@@ -68,6 +69,8 @@ def test_a_pretrained_import_is_meta_trained_and_frozen_norms_need_statistics(
     says = "pre: was imported without running statistics, which --meta.norm frozen needs; give --meta.norm episode"
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"/pre: its norm takes the statistics of each task"):
+        FewShotClassifier.load(tmp_path / "pre")
     assert main([*command, "--meta.norm=episode"]) == 0
     assert load_model(tmp_path / "run").norm == "episode"
 

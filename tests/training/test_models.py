@@ -136,10 +136,23 @@ def test_a_device_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="'cuda': this PyTorch sees no CUDA device; use --device cpu"):
         device_of(replace(CONFIG, device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_of(replace(CONFIG, device="cuda:1")) == torch.device("cuda:1")
     with pytest.raises(InputError, match="'cuda:2': this machine has 2 CUDA devices"):
         device_of(replace(CONFIG, device="cuda:2"))
+
+
+def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "auto"):
+        device_of(replace(CONFIG, device=name))
+    assert current == []
+    assert device_of(replace(CONFIG, device="cuda:1")) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
 
 
 def test_images_must_be_squares_of_one_size() -> None:

@@ -93,3 +93,11 @@ def test_pretraining_too(pretrained: Path, tmp_path: Path, capfd: pytest.Capture
     assert not [t for t in threading.enumerate() if t.name.startswith("mtl-fast-gather")]
     tiny.pretraining(tmp_path, resume=True).run()
     tiny.assert_same_run(tmp_path, pretrained)
+
+
+@pytest.mark.usefixtures("on_host")
+def test_timing_leaves_no_worker_waiting(pretrained: Path, tmp_path: Path) -> None:
+    """One that waits for a free buffer would keep the process from ending."""
+    before = set(threading.enumerate())
+    tiny.meta_training(tmp_path / "run", pretrained, tiny.with_meta(n_tasks=40)).time_updates(1)
+    assert set(threading.enumerate()) <= before

@@ -15,8 +15,10 @@ from mtl_fast import FewShotClassifier, predict_images
 from mtl_fast.cli import main
 from mtl_fast.data import load_split
 from mtl_fast.errors import InputError
+from mtl_fast.training import folder_lock
 from mtl_fast.training.predict import Predictions
 from tests.training import tiny
+from tests.training.locks import another_process
 
 
 def save(path: Path, pixels: np.ndarray, mode: str = "RGB") -> None:
@@ -156,3 +158,17 @@ def test_only_the_default_asks_for_the_shipped_model(
     assert len(predict_images(folder, checkpoint=pretrained, device="cpu").files) == 9
     with pytest.raises(InputError, match="gone does not exist"):
         predict_images(folder, device="cpu")
+
+
+def test_two_at_once_do_not_write_into_each_other(
+    folder: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "PATIENCE", 0.0)
+    found = predict_images(folder, checkpoint=pretrained, device="cpu")
+    output = tmp_path / "labels"
+    output.mkdir()
+    with another_process(output), pytest.raises(InputError, match="labels: another run is at work there"):
+        found.save(output)
+    assert not list(output.iterdir())
+    found.save(output)
+    assert len(list(output.iterdir())) == 2

@@ -37,6 +37,9 @@ def test_what_is_not_changed_is_the_model_s() -> None:
     assert (config.inner.train_steps, config.data, config.meta) == (3, CONFIG.data, CONFIG.meta)
     with pytest.raises(InputError, match=r"inner\.test_lr is 0\.0"):
         Changes(inner_lr=0.0).over(CONFIG)
+    half = replace(CONFIG, precision="bf16", meta=replace(CONFIG.meta, learn="weights"))
+    tested = Changes(adapt="all", device="cpu").over(half)
+    assert (tested.precision, tested.inner.adapt) == ("fp32", "all")
 
 
 def test_heads_start_as_learned_or_from_zeros() -> None:
