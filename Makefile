@@ -67,7 +67,7 @@ sanitize: env
 	library=$$(CXX="$(CXX)" $(BIN)/mtl-fast build --sanitize --quiet) && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 MTL_FAST_LIBRARY=$$library \
-	$(BIN)/python -m pytest -p no:benchmark -p no:cacheprovider $(SANITIZE_FLAGS) tests/ops/test_*native*.py
+	$(BIN)/python -m pytest -p no:benchmark -p no:cacheprovider $(SANITIZE_FLAGS) tests/ops/test_*native*.py tests/ops/test_task_conv.py
 
 results: native
 	$(BIN)/mtl-fast results $(RESULTS_FLAGS)

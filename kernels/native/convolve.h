@@ -92,11 +92,14 @@ void convolve(const Geometry& g, const Plan& plan, const Filters& filters, const
   }
   // Small filters: transformed once, then every thread takes its own tiles through all of them.
   const float* u = transform_all_filters<F>(filters);
-  at::parallel_for(0, ceil_div(grid.count, plan.tiles), 1, [&](int64_t begin, int64_t end) {
+  // Whole rows of products are dealt out, not whole blocks, of which one thread may get many more; then each thread's
+  // blocks are alike. No bit depends on where a block ends.
+  at::parallel_for(0, ceil_div(grid.count, kRows), 1, [&](int64_t begin, int64_t end) {
     const Points points = points_by_tile<F, InputPointsTag>(plan.tiles, g.n_in);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * plan.tiles;
-      const InputPoints p{points, first, std::min(plan.tiles, grid.count - first), false};
+    const int64_t rows = ceil_div(end - begin, ceil_div((end - begin) * kRows, plan.tiles));
+    for (int64_t row = begin; row < end; row += rows) {
+      const int64_t first = row * kRows, last = std::min(std::min(row + rows, end) * kRows, grid.count);
+      const InputPoints p{points, first, last - first, false};
       transform_input<F>(g, grid, x, p.range(0, p.n_tiles));
       for (int64_t panel = 0; panel < n_panels; ++panel) {
         finish_panel<F>(g, grid, e, p, u + panel * panel_size, panel * kPanel, out, codes);

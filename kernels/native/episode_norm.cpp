@@ -131,8 +131,15 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& z, const at::Tensor
   const Groups g = groups(images, mean.size(0), mask);
   const Operand gamma(weight);
   const auto options = images.options();
+  const int64_t halved = pool ? 2 : 1;
+  const int64_t shape[] = {g.n, g.channels, g.h / halved, g.w / halved};
+  TORCH_CHECK(upper.sizes() == at::IntArrayRef(shape), "episode_norm: grad has shape ", upper.sizes());
+  const bool coded = pool || static_cast<Activation>(activation) != Activation::kNone;
+  TORCH_CHECK(!coded || codes.sizes() == at::IntArrayRef(shape), "episode_norm: codes have shape ", codes.sizes());
+  // Saved tensors may come back in another order of memory.
+  const at::Tensor signs = coded ? channels_last(codes) : at::Tensor();
   const Unwound unwound{images_of(g), static_cast<Activation>(activation), static_cast<float>(slope), pool,
-                        upper.const_data_ptr<float>(), codes.numel() ? codes.const_data_ptr<uint8_t>() : nullptr};
+                        upper.const_data_ptr<float>(), coded ? signs.const_data_ptr<uint8_t>() : nullptr};
   const float *from = images.const_data_ptr<float>(), *means = mean.const_data_ptr<float>();
   const int64_t row = g.row();
   const Blocks blocks(g);

@@ -37,9 +37,20 @@ class Pool {
       }
     }
     void* data = std::aligned_alloc(kAlignment, bytes);
+    if (data == nullptr) {
+      drain();  // other sizes may be what fills the memory
+      data = std::aligned_alloc(kAlignment, bytes);
+    }
     if (data == nullptr) throw std::bad_alloc();
     advise_huge_pages(data, bytes);
     return data;
+  }
+
+  void drain() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& block : free_) std::free(block.data);
+    free_.clear();
+    kept_ = 0;
   }
 
   // Called where a tensor dies: must not throw.

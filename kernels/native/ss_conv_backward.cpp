@@ -26,12 +26,12 @@ enum class Wanted : int64_t { kNone = 0, kKernelScale = 1, kFilterScale = 2, kWe
 // Σ G·(z − shift) is a difference of larger things where γ·Φ_S1 is small: it serves while at most six bits are lost.
 constexpr float kMostLost = 64;
 
-// by_output [3, O] of `Unwinding::run`.
-bool trusted(const at::Tensor& by_output) {
+// by_output [3, O] of `Unwinding::run`; of a scale of 0 the output tells nothing.
+bool trusted(const at::Tensor& by_output, const float* scale) {
   const float* terms = by_output.const_data_ptr<float>() + by_output.size(1);
   const float* subtracted = terms + by_output.size(1);
   for (int64_t o = 0; o < by_output.size(1); ++o) {
-    if (!(terms[o] * kMostLost >= subtracted[o])) return false;
+    if (scale[o] == 0 || !(terms[o] * kMostLost >= subtracted[o])) return false;
   }
   return true;
 }
@@ -61,7 +61,8 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   const int64_t shape[] = {g.n, g.n_out, g.out_h() / halved, g.out_w() / halved};
   check_shape("grad", upper, shape);
   check_shape("rotated taps", rotated, {ceil_div(g.n_in, kPackedColumns), g.n_out, taps.size(2), kPackedColumns});
-  if (pool || static_cast<Activation>(activation) != Activation::kNone) check_shape("codes", codes, shape);
+  const bool coded = pool || static_cast<Activation>(activation) != Activation::kNone;
+  if (coded) check_shape("codes", codes, shape);
   bool by_output = wanted == Wanted::kFilterScale;
   TORCH_CHECK(!by_output || (scale && output), "ss_conv: the scale of a filter takes its gradient from the output");
   if (by_output) check_shape("output", *output, shape);
@@ -69,7 +70,9 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
 
   Unwinding unwinding{g, static_cast<Activation>(activation), static_cast<float>(slope), pool};
   unwinding.grad = upper.const_data_ptr<float>();
-  unwinding.codes = codes.numel() ? codes.const_data_ptr<uint8_t>() : nullptr;
+  // Saved tensors may come back in another order of memory.
+  const at::Tensor signs = coded ? channels_last(codes) : at::Tensor();
+  unwinding.codes = coded ? signs.const_data_ptr<uint8_t>() : nullptr;
   const at::Tensor after = by_output ? channels_last(*output) : at::Tensor();
   const at::Tensor added = by_output && residual ? channels_last(*residual) : at::Tensor();
   if (by_output) {
@@ -95,7 +98,7 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor
   at::Tensor weights = at::empty({0}, options);
   at::Tensor outputs = at::zeros({by_output ? 3 : 0, g.n_out}, options);
   unwinding.run(sums.mutable_data_ptr<float>(), by_output ? outputs.mutable_data_ptr<float>() : nullptr);
-  by_output = by_output && trusted(outputs);
+  by_output = by_output && trusted(outputs, factors.data());
   const float* g_inner = inner.const_data_ptr<float>();
 
   if (by_output) {

@@ -94,6 +94,10 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.second_order:
             return None, None, None, *grads
+        if ctx.kept is None and not ctx.saved_tensors:
+            raise RuntimeError(
+                "the graph of an inner loop is freed by its way back; for a second one give checkpoint=True"
+            )
         leaves, gradients, _ = ctx.kept or _gradient(ctx.loss, ctx.saved_tensors, graph=True)
         # A gradient that depends on no weight, that of a bias before batch statistics, has no graph.
         pairs = [(g, v) for g, v in zip(gradients, grads, strict=True) if g.requires_grad]

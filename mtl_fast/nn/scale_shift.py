@@ -63,6 +63,11 @@ class ChannelNorm2d(nn.Module):
         return f"{len(self.running_mean)}, eps={self.eps}, momentum={self.momentum}"
 
 
+def _n_writes(weight: Tensor) -> int:
+    """How often its values were written to, in place; 0 where that is not counted."""
+    return 0 if weight.is_inference() or torch.compiler.is_compiling() else weight._version
+
+
 class ScaleShiftConv2d(nn.Module):
     """A convolution, its norm, and (after `enable_scale_shift`) Φ_S1 and Φ_S2 on its frozen weight.
 
@@ -109,6 +114,7 @@ class ScaleShiftConv2d(nn.Module):
         self.register_parameter("scale", None)
         self.register_parameter("shift", None)
         self._filters: FrozenFilters | None = None
+        self._n_writes = 0
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -136,18 +142,31 @@ class ScaleShiftConv2d(nn.Module):
 
     @property
     def filters(self) -> FrozenFilters:
-        """The weight as the operations take it; built once, anew after a load, a move or a replacement."""
+        """The weight as the operations take it; built once, anew after a load, a move, a replacement or a write."""
         kept = self._filters
         # Parameters can also be replaced: by assignment, or for one call by torch.func.functional_call.
-        # A weight that trains keeps nothing derived from it, so that freezing it again starts afresh.
-        stale = kept is not None and self.weight.requires_grad and kept.derived
-        if kept is None or kept.weight is not self.weight or kept.bias is not self.bias or stale:
+        if (
+            kept is None
+            or kept.weight is not self.weight
+            or kept.bias is not self.bias
+            or self._is_stale(kept)
+        ):
             kept = FrozenFilters(
                 self.weight, self.bias, self.stride, self._inner_padding, self.dilation, self.groups
             )
             # What stands in for the parameter during one call, as a task's own weights do, lasts no longer.
             self._filters = kept if isinstance(self.weight, nn.Parameter) else None
+            self._n_writes = _n_writes(self.weight) if self._filters is kept else 0
         return kept
+
+    def _is_stale(self, kept: FrozenFilters) -> bool:
+        """Whether what was derived from the weight is of former values."""
+        if not kept.derived:
+            return False
+        # A weight that trains keeps nothing derived from it, so that freezing it again starts afresh.
+        return self.weight.requires_grad or (
+            not torch.compiler.is_compiling() and _n_writes(self.weight) != self._n_writes
+        )
 
     def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:
         """All tensors of this layer, for `ss_conv`, `ss_block` and `effective_weights`.

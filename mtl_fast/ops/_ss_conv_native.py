@@ -96,6 +96,7 @@ def ss_conv(
         shift = effective_shift(conv, ratio)
     inputs = [x, taps, scale, shift, residual]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    coded = epilogue.activation != "none" or epilogue.pool
     output, _ = torch.ops.mtl_fast.ss_conv(
         x,
         taps,
@@ -108,7 +109,7 @@ def ss_conv(
         ACTIVATIONS.index(epilogue.activation),
         epilogue.slope,
         epilogue.pool,
-        save,
+        save and coded,
     )
     return output
 
@@ -254,7 +255,9 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 12
     x, taps, rotated, scale, ratio, shift, codes, output, residual = ctx.saved_tensors
     needs_x, needs_shift, needs_residual = (ctx.needs_input_grad[i] for i in (0, 5, 6))
     activation = ACTIVATIONS[ctx.activation]

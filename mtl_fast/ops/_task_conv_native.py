@@ -266,7 +266,9 @@ class _Normalisation(torch.autograd.Function):
         return torch.cat(outputs), mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         weight, bias, *kept = ctx.saved_tensors
         # The images first: they take gradients, what was derived from them does not.
         z = kept[::5]
@@ -358,21 +360,19 @@ def _selected(kept: _Kept, p: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tenso
         slope = torch.where((kept.codes & POSITIVE) != 0, 1.0, epilogue.slope).to(p)
     if not epilogue.pool:
         return p, kept.z, slope
-    channels, width = kept.z.shape[1], kept.z.shape[3]
+    n, channels, height, width = kept.z.shape
     # By code, from a window's beginning: two places of the first row, two of the second, whatever the sign.
     below = width * channels
     steps = torch.tensor([0, channels, below, below + channels] * 2)
-    index = steps.take(kept.codes.permute(0, 2, 3, 1).long()).add_(_window_offsets(*kept.z.shape))
+    index = steps.take(kept.codes.permute(0, 2, 3, 1).long()).add_(_window_offsets(channels, height, width))
+    index += torch.arange(n).mul_(height * below).view(n, 1, 1, 1)
     at_p, at_z = (v.permute(0, 2, 3, 1).take(index).permute(0, 3, 1, 2) for v in (p, kept.z))
     return at_p, at_z, slope
 
 
 @lru_cache(maxsize=32)
-def _window_offsets(n: int, channels: int, height: int, width: int) -> Tensor:
-    """int64 [n, H//2, W//2, C]: where the 2×2 windows of [n, H, W, C] begin in its memory."""
-    steps = (height * width * channels, 2 * width * channels, 2 * channels, 1)
-    lengths = (n, height // 2, width // 2, channels)
-    offsets = torch.zeros(lengths, dtype=torch.int64)
-    for k, (length, step) in enumerate(zip(lengths, steps, strict=True)):
-        offsets += torch.arange(length).mul_(step).view([-1 if i == k else 1 for i in range(4)])
-    return offsets
+def _window_offsets(channels: int, height: int, width: int) -> Tensor:
+    """int64 [H//2, W//2, C]: where the 2×2 windows of an image [H, W, C] begin in its memory."""
+    rows, columns = torch.arange(height // 2), torch.arange(width // 2)
+    corners = rows.mul(2 * width)[:, None] + columns.mul(2)
+    return corners.mul(channels)[:, :, None] + torch.arange(channels)

@@ -130,7 +130,22 @@ def by_swapping_data(conv: ScaleShiftConv2d) -> ScaleShiftConv2d:
     return conv
 
 
-WAYS = [by_load, by_assigning_load, by_assignment, by_copy, by_saving, by_moving, by_swapping_data]
+def by_writing(conv: ScaleShiftConv2d) -> ScaleShiftConv2d:
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    return conv
+
+
+WAYS = [
+    by_load,
+    by_assigning_load,
+    by_assignment,
+    by_copy,
+    by_saving,
+    by_moving,
+    by_swapping_data,
+    by_writing,
+]
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])

@@ -301,3 +301,21 @@ def test_a_compiled_call_without_graph_breaks_gives_the_same_bits(compiler: str)
         output = call(*named.values())
         results.append([output, *torch.autograd.grad(output, list(named.values()), output.detach())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_was_saved_may_come_back_in_another_order_of_memory() -> None:
+    """As from `torch.autograd.graph.save_on_cpu`."""
+    z, norm, residual = make(SIZES["odd"], seed=3)
+
+    def gradients() -> list[Tensor]:
+        named, own = leaves(z, norm, residual)
+        epilogue = Epilogue("after_residual", 0.1, pool=True)
+        y = run(named["z"], own, named["residual"], n_groups=3, epilogue=epilogue).output
+        return list(torch.autograd.grad(y, list(named.values()), torch.arange(y.numel()).view(y.shape).sin()))
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        found = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

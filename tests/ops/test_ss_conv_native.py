@@ -329,3 +329,19 @@ def test_calls_from_several_threads_do_not_meet() -> None:
             calls = [pool.submit(results, x, conv, LEAKY, FROZEN) for x, conv in cases]
             for call, wanted in zip(calls, expected, strict=True):
                 assert_same_bits(call.result(), wanted)
+
+
+@pytest.mark.parametrize("shift", [-0.5, 0.0, 0.5])
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_a_filter_scaled_by_nothing_has_the_gradient_of_its_products(
+    shift: float, slope: float, with_residual: bool
+) -> None:
+    """Its output tells nothing of it, whatever follows."""
+    x, conv = case((2, 5, 48, 6, 7, 3), "filter", seed=9)
+    scale = conv.scale.clone()
+    scale[3] = 0
+    filters = replace(conv.filters, bias=None)
+    conv = replace(conv, scale=scale, shift=torch.full((48,), shift), norm=None, filters=filters)
+    epilogue = Epilogue("after_residual", slope)
+    assert_native_agrees(x, conv, epilogue, residual_of(x, conv) if with_residual else None)

@@ -331,3 +331,45 @@ def test_a_module_drops_what_was_derived_from_a_former_weight() -> None:
         expected = module(x)
     twin.load_state_dict({name: t * 2 for name, t in twin.state_dict().items()})
     assert torch.equal(module(x), expected)
+
+
+@by_granularity
+@pytest.mark.parametrize("epilogue", [LEAKY, Epilogue("before_residual", 0.1)], ids=["pooled", "whole"])
+def test_what_was_saved_may_come_back_in_another_order_of_memory(
+    granularity: str | None, epilogue: Epilogue
+) -> None:
+    """As from `torch.autograd.graph.save_on_cpu`."""
+    x, conv = case(granularity)
+
+    def gradients() -> list[Tensor]:
+        named, given = leaves(x, conv, FROZEN)
+        y = ss_conv(named["x"], given, epilogue=epilogue)
+        wanted = [t for t in named.values() if t.requires_grad]
+        return list(torch.autograd.grad(y, wanted, torch.arange(y.numel()).view(y.shape).sin()))
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        found = gradients()
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_output_that_gets_no_gradient_gives_none() -> None:
+    x, conv = case()
+    named, given = leaves(x, conv, FROZEN)
+
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    y = Ends.apply(ss_conv(named["x"], given, epilogue=LEAKY))
+    (y.sum() + named["x"].sum()).backward()
+    assert torch.equal(named["x"].grad, torch.ones_like(x))
+    assert given.scale.grad is None
