@@ -146,7 +146,7 @@ def measure(name: str, phase: str, arguments: argparse.Namespace) -> dict[str, A
             n_validations = math.ceil(run.total / run.updates_per_epoch / config.pretrain.validate_every)
         else:
             n_validations = 1 + config.meta.n_tasks // config.meta.validate_every
-        return {
+        return how(arguments) | {
             "seconds": seconds[1:],
             "peak_bytes": max(peak, peak_memory(run.device)),
             "total_iterations": run.total,
@@ -245,11 +245,10 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("PRESET", "PHASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        found = measure(*arguments.measure, arguments) | how(arguments)
-        file = arguments.output / f"{'-'.join(arguments.measure)}.json"
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(partial, file)
+        from mtl_fast.training.run import write_text
+
+        found = measure(*arguments.measure, arguments)
+        write_text(arguments.output / f"{'-'.join(arguments.measure)}.json", json.dumps(found))
         return
     print(rehearse(arguments))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,8 +140,7 @@ class Phase(ABC):
         self._began = time.monotonic()
         path = folder / "profile.json" if self.profile and ranks.first else None
         trace = StepTrace(path, self.device, self.spans)
-        ahead = nullcontext() if self.ahead is None else self.ahead
-        with log, self._enough_memory(), ahead, stop_on_ctrl_c() as stop:
+        with log, self._enough_memory(), self._gathering(), stop_on_ctrl_c() as stop:
             self._begin(log)
             if self.reports_start and self.update == 0 and not self.curve:
                 self._report(log)
@@ -187,7 +186,7 @@ class Phase(ABC):
 
     def time_updates(self, n: int) -> float:
         """Seconds an update takes, from `n` of them after one to warm up; the state moves on, and nothing is saved."""
-        with nullcontext() if self.ahead is None else self.ahead:
+        with self._gathering():
             self._begin(NoLog())
             for i in range(n + 1):
                 if i == 1:
@@ -195,6 +194,10 @@ class Phase(ABC):
                 self._update()
                 float(next(self.head.parameters()).detach().flatten()[0])  # waits for the device
             return (time.monotonic() - start) / n
+
+    def _gathering(self) -> AbstractContextManager[object]:
+        """While images are needed: the worker that gathers those in host memory ends with it."""
+        return nullcontext() if self.ahead is None else self.ahead
 
     def _checkpoint(self, log: RunLog | None = None) -> None:
         """Saves the state, after a report where there is a log for it."""
