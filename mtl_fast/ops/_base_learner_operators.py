@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import base_learner as reference
+from ._double_backward import alone, gradients
 from ._library import LIBRARY
 
 MAX_ROWS, MAX_CLASSES = 128, 64
@@ -136,7 +137,7 @@ class _Fit(torch.autograd.Function):
 
 def _differentiable_gradients(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of the ten inputs with a graph of their own, for double backward (``create_graph=True``)."""
-    support, labels, query, weight, bias, mask, *_ = ctx.saved_tensors
+    support, labels, query, weight, bias, mask, *_ = alone(*ctx.saved_tensors)
     options = {
         "inner_lr": ctx.inner_lr,
         "n_steps": ctx.n_steps,
@@ -149,13 +150,10 @@ def _differentiable_gradients(ctx: Any, cotangents: tuple[Tensor | None, ...]) -
         results = reference.fit_heads(support, labels, weight, bias, **options)
     else:
         results = (reference.base_learner(support, labels, query, weight, bias, **options),)
-    reached = [(y, dy) for y, dy in zip(results, cotangents, strict=True) if dy is not None]
-    if not reached:
-        return (None,) * len(ctx.needs_input_grad)
-    outputs, arrived = zip(*reached, strict=True)
-    needed = [x for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False) if need]
-    found = iter(torch.autograd.grad(outputs, needed, arrived, create_graph=True, allow_unused=True))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+    outputs = [y for y, dy in zip(results, cotangents, strict=True) if dy is not None]
+    arrived = [dy for dy in cotangents if dy is not None]
+    wanted = {1: support, 3: query, 4: weight, 5: bias}
+    return gradients(outputs, arrived, wanted, ctx.needs_input_grad)
 
 
 def _gradient_shapes(

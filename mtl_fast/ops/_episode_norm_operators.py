@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.contracts import ChannelNorm, Epilogue, Normalised
 from ..kernels.reference.episode_norm import episode_norm as reference
+from ._double_backward import alone, gradients
 from ._epilogue_codes import ACTIVATIONS, unwound
 from ._library import LIBRARY
 
@@ -173,7 +174,7 @@ def _kept(grad: Tensor, mask: Tensor | None) -> Tensor:
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as PyTorch expressions, for derivatives of derivatives."""
-    z, weight, bias, mask, mean, *_, codes = ctx.saved_tensors
+    z, weight, bias, mask, mean, *_, codes = alone(*ctx.saved_tensors)
     activation = ACTIVATIONS[ctx.activation]
     size = tuple(z.shape[2:]) if ctx.pool else None
     inner, skipped = unwound(_kept(grad, mask), codes, activation, ctx.slope, size)
@@ -181,13 +182,5 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     normalised = reference(
         z, norm, n_groups=mean.shape[0], mask=mask, epilogue=Epilogue(), residual=None
     ).output
-    inputs = {0: z, 1: weight, 2: bias}
-    asked = [i for i in inputs if ctx.needs_input_grad[i]]
-    grads: list[Tensor | None] = [None] * 11
-    if asked:
-        found = torch.autograd.grad(normalised, [inputs[i] for i in asked], inner, create_graph=True)
-        for i, value in zip(asked, found, strict=True):
-            grads[i] = value
-    if ctx.needs_input_grad[6]:
-        grads[6] = skipped
-    return tuple(grads)
+    grads = gradients([normalised], [inner], {0: z, 1: weight, 2: bias}, ctx.needs_input_grad)
+    return (*grads[:6], skipped if ctx.needs_input_grad[6] else None, *grads[7:])

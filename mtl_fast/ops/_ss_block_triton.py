@@ -23,6 +23,7 @@ from ..kernels.contracts import BlockOutput, ConvOperands, Epilogue
 from ..kernels.reference import ss_block as reference
 from ..kernels.reference.ss_conv import apply_epilogue
 from . import _ss_conv_triton
+from ._double_backward import alone, gradients
 from ._library import LIBRARY
 from ._ss_layers_triton import (
     LAYER,
@@ -30,7 +31,6 @@ from ._ss_layers_triton import (
     Layer,
     channels_last,
     differentiable,
-    differentiated,
     empty_images,
     flat,
     layers,
@@ -249,7 +249,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, output, *saved = ctx.saved_tensors
+    x, output, *saved = alone(*ctx.saved_tensors) if torch.is_grad_enabled() else ctx.saved_tensors
     kept, tensors = saved[:6], saved[6:]
     each = len(tensors) // len(NAMES)
     parts = [
@@ -261,7 +261,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
         wanted: dict[int, Tensor | None] = {0: x}
         wanted |= {i: layer.scale for i, layer in zip(_SCALES, parts, strict=True)}
         wanted |= {i: layer.shift for i, layer in zip(_SHIFTS, parts, strict=True)}
-        return differentiated(_differentiable(x, parts, unflat(*ctx.epilogue)), grad, wanted, needs)
+        y = _differentiable(x, parts, unflat(*ctx.epilogue))
+        return gradients([y], [grad], wanted, needs)
     needs_scale = [needs[i] for i in _SCALES]
     found = torch.ops.mtl_fast.triton_ss_block_backward(
         grad,

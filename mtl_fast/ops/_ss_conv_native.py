@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue, FrozenFilters
 from ..kernels.reference.effective_weights import effective_shift, effective_weights, stored_scale
+from ._double_backward import alone, gradients
 from ._epilogue_codes import ACTIVATIONS, unwound
 from ._library import LIBRARY, native_runs
 
@@ -115,14 +116,18 @@ def ss_conv(
 
 
 def packed(filters: FrozenFilters) -> tuple[Tensor, Tensor]:
-    """Taps and rotated taps, packed; of a frozen weight made once a `FrozenFilters`."""
+    """Taps and rotated taps, packed; of a frozen weight made once a `FrozenFilters`.
+
+    What is compiled packs them in its graph: nothing would tell it that the weight was written to.
+    """
     kept = filters.derived
-    if "taps" in kept and not filters.weight.requires_grad:
+    compiled = torch.compiler.is_compiling()
+    if "taps" in kept and not filters.weight.requires_grad and not compiled:
         return kept["taps"], kept["rotated"]
     # What is kept serves gradients later, also when it was first asked for in inference mode.
     with torch.inference_mode(False):
         taps, rotated = torch.ops.mtl_fast.pack_filters(filters.weight.detach())
-    if not filters.weight.requires_grad and not torch.compiler.is_compiling():
+    if not filters.weight.requires_grad and not compiled:
         # In this order: another thread that sees the taps finds the rotated ones too.
         kept["rotated"], kept["taps"] = rotated, taps
     return taps, rotated
@@ -307,7 +312,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
     The epilogue is piecewise linear, so its part is a fixed mask, read off the codes.
     """
-    x, taps, _, scale, ratio, shift, codes, *_ = ctx.saved_tensors
+    x, taps, _, scale, ratio, shift, codes, *_ = alone(*ctx.saved_tensors)
     n_out = shift.shape[0]
     side = _side(taps)
     height, width = (length + 2 * ctx.padding - side + 1 for length in x.shape[2:])
@@ -316,17 +321,10 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     weight = _unpacked(taps, n_out)
     for factor in (scale, None if ratio is None else ratio.view(-1, 1, 1, 1)):
         weight = weight if factor is None else weight * factor
-    inputs = {0: x, 1: taps, 3: scale, 5: shift}
-    asked = [i for i in inputs if ctx.needs_input_grad[i]]
-    grads: list[Tensor | None] = [None] * 12
-    if asked:
-        z = torch.nn.functional.conv2d(x, weight, shift, padding=ctx.padding)
-        values = torch.autograd.grad(z, [inputs[i] for i in asked], inner, create_graph=True)
-        for i, value in zip(asked, values, strict=True):
-            grads[i] = value
-    if ctx.needs_input_grad[6]:
-        grads[6] = skipped
-    return tuple(grads)
+    z = torch.nn.functional.conv2d(x, weight, shift, padding=ctx.padding)
+    wanted = {0: x, 1: taps, 3: scale, 5: shift}
+    grads = gradients([z], [inner], wanted, ctx.needs_input_grad)
+    return (*grads[:6], skipped if ctx.needs_input_grad[6] else None, *grads[7:])
 
 
 torch.library.register_autograd("mtl_fast::ss_conv", _backward, setup_context=_context)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.contracts import ConvOperands, Epilogue
 from ..kernels.reference.ss_conv import apply_epilogue
+from ._double_backward import alone, gradients
 from ._library import LIBRARY
 from ._ss_layers_triton import (
     LAYER,
@@ -21,7 +22,6 @@ from ._ss_layers_triton import (
     Layer,
     channels_last,
     differentiable,
-    differentiated,
     empty_images,
     flat,
     layers,
@@ -148,7 +148,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, output, codes, residual, *tensors = ctx.saved_tensors
+    saved = alone(*ctx.saved_tensors) if torch.is_grad_enabled() else ctx.saved_tensors
+    x, output, codes, residual, *tensors = saved
     layer = Layer.with_tensors(tensors, *ctx.numbers)
     needs = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * len(needs)
@@ -156,7 +157,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     if torch.is_grad_enabled():
         wanted = {_X: x, _SCALE: layer.scale, _SHIFT: layer.shift, _RESIDUAL: residual}
         y = apply_epilogue(differentiable(x, layer), epilogue, residual)
-        return differentiated(y, grad, wanted, needs)
+        return gradients([y], [grad], wanted, needs)
     # Where nothing came between, the residual's gradient is the output's own.
     passes_on = needs[_RESIDUAL] and not epilogue.pool and epilogue.activation != "after_residual"
     x_grad, scale_grad, shift_grad, residual_grad = torch.ops.mtl_fast.triton_ss_conv_backward(

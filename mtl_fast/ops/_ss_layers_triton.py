@@ -214,13 +214,14 @@ def _kept(conv: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 
 
 def taps(filters: FrozenFilters) -> Tensor:
-    """The frozen weight as [O, k, k, I], made once a `FrozenFilters`."""
+    """The frozen weight as [O, k, k, I], made once a `FrozenFilters`; what is compiled makes it in its graph."""
     kept = filters.derived
-    if "taps_of_channels" in kept:
+    compiled = torch.compiler.is_compiling()
+    if "taps_of_channels" in kept and not compiled:
         return kept["taps_of_channels"]
     with torch.inference_mode(False):
         made = filters.weight.detach().permute(0, 2, 3, 1).contiguous()
-    if not torch.compiler.is_compiling():
+    if not compiled:
         kept["taps_of_channels"] = made
     return made
 
@@ -240,18 +241,6 @@ def differentiable(x: Tensor, layer: Layer) -> Tensor:
         moved = layer.shift - layer.shift.detach()
         shift = shift + (moved if ratio is None else moved * ratio)
     return F.conv2d(x, weight.to(x.dtype), shift.to(x.dtype), padding=layer.padding)
-
-
-def differentiated(
-    y: Tensor, grad: Tensor, wanted: dict[int, Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `wanted`, arguments by position, as PyTorch expressions; None of all others."""
-    grads: list[Tensor | None] = [None] * len(needs)
-    asked = {i: t for i, t in wanted.items() if needs[i] and t is not None}
-    values = torch.autograd.grad(y, list(asked.values()), grad, create_graph=True)
-    for i, value in zip(asked, values, strict=True):
-        grads[i] = value
-    return tuple(grads)
 
 
 def output_size(x: Tensor, layer: Layer) -> tuple[int, int]:
