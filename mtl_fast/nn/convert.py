@@ -42,8 +42,8 @@ def convert(model: nn.Module, granularity: Granularity = "kernel", *, backend: s
     Args:
         model: the network; it stays as it is. A single `nn.Conv2d` will do.
         granularity: ``kernel``, one scale a k×k kernel, or ``filter``, one an output channel.
-        backend: of the converted convolutions. Function transforms and derivatives of gradients pass through
-            ``torch`` only.
+        backend: of the converted convolutions. Function transforms pass through ``torch`` only. For `torch.fx` and
+            `torch.jit.trace`, `fold` first.
 
     Raises:
         ValueError: no `nn.Conv2d`, or one that cannot be converted, named: it is a `ScaleShiftConv2d` already,
@@ -87,11 +87,14 @@ def fold(model: Network) -> Network:
 
     Raises:
         ValueError: a convolution with a norm of its own, named: it belongs to an encoder that runs its operands.
+            One with hooks or a parametrised weight.
     """
     layers = _layers(model, (ScaleShiftConv2d,))
     for name, layer in layers.items():
         if layer.norm is not None:
             raise ValueError(f"model: {name} has a norm of its own; only what convert made can be folded")
+        if _is_altered(layer):
+            raise ValueError(f"model: {name} {_ALTERED}")
     return _copied(model, layers, _plain)
 
 
@@ -132,10 +135,17 @@ def _why_not(layer: nn.Conv2d | ScaleShiftConv2d) -> str | None:
             return f"is a {type(layer).__name__} whose {name} is its own; put an nn.Conv2d in its place"
     if is_lazy(layer.weight):
         return "has not seen an input yet; run the model once"
+    return _ALTERED if _is_altered(layer) else None
+
+
+_ALTERED = "has hooks or a parametrised weight (weight or spectral norm, pruning); remove them first"
+
+
+def _is_altered(layer: nn.Module) -> bool:
+    """Whether calling it does more than its class says: what stands in its place would not."""
     hooks = [value for name, value in vars(layer).items() if name.endswith("_hooks") and value]
-    if hooks or not {"weight", "bias"} <= layer._parameters.keys():
-        return "has hooks or a parametrised weight (weight or spectral norm, pruning); remove them first"
-    return None
+    computed = [name for name in ("weight", "bias") if getattr(layer, name) is not layer._parameters.get(name)]
+    return bool(hooks or computed)
 
 
 def _copied(model: Network, layers: dict[str, Any], made: Callable[[Any, Memo], nn.Module]) -> Network:

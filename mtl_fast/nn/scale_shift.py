@@ -63,9 +63,11 @@ class ChannelNorm2d(nn.Module):
         return f"{len(self.running_mean)}, eps={self.eps}, momentum={self.momentum}"
 
 
-def _n_writes(weight: Tensor) -> int:
-    """How often its values were written to, in place; 0 where that is not counted."""
-    return 0 if weight.is_inference() or torch.compiler.is_compiling() else weight._version
+def _written(weight: Tensor) -> tuple[int, int]:
+    """Where its values lie and how often they were written to, in place; zeros where that is not counted."""
+    if torch.compiler.is_compiling() or weight.is_inference():
+        return 0, 0
+    return weight.data_ptr(), weight._version
 
 
 class ScaleShiftConv2d(nn.Module):
@@ -105,16 +107,14 @@ class ScaleShiftConv2d(nn.Module):
         super().__init__()
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.padding_mode = padding_mode
-        self._inner_padding, self._outer_padding = _divided(
-            padding, padding_mode, _pair(kernel_size), _pair(stride), _pair(dilation)
-        )
         self.weight = nn.Parameter(torch.empty(n_out, n_in // groups, *_pair(kernel_size)))
+        self._divided_padding()  # a wrong one is told now
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.norm = norm
         self.register_parameter("scale", None)
         self.register_parameter("shift", None)
         self._filters: FrozenFilters | None = None
-        self._n_writes = 0
+        self._written = (0, 0)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -142,21 +142,25 @@ class ScaleShiftConv2d(nn.Module):
 
     @property
     def filters(self) -> FrozenFilters:
-        """The weight as the operations take it; built once, anew after a load, a move, a replacement or a write."""
+        """The weight as the operations take it; built once, anew after a load, a move, a replacement or a write.
+
+        A write through ``weight.data`` in place leaves no trace: assign the weight, or write to it under ``no_grad``.
+        """
         kept = self._filters
+        inner, _ = self._divided_padding()
+        geometry = (self.stride, inner, self.dilation, self.groups)
         # Parameters can also be replaced: by assignment, or for one call by torch.func.functional_call.
         if (
             kept is None
             or kept.weight is not self.weight
             or kept.bias is not self.bias
+            or (kept.stride, kept.padding, kept.dilation, kept.groups) != geometry
             or self._is_stale(kept)
         ):
-            kept = FrozenFilters(
-                self.weight, self.bias, self.stride, self._inner_padding, self.dilation, self.groups
-            )
+            kept = FrozenFilters(self.weight, self.bias, *geometry)
             # What stands in for the parameter during one call, as a task's own weights do, lasts no longer.
             self._filters = kept if isinstance(self.weight, nn.Parameter) else None
-            self._n_writes = _n_writes(self.weight) if self._filters is kept else 0
+            self._written = _written(self.weight) if self._filters is kept else (0, 0)
         return kept
 
     def _is_stale(self, kept: FrozenFilters) -> bool:
@@ -165,8 +169,14 @@ class ScaleShiftConv2d(nn.Module):
             return False
         # A weight that trains keeps nothing derived from it, so that freezing it again starts afresh.
         return self.weight.requires_grad or (
-            not torch.compiler.is_compiling() and _n_writes(self.weight) != self._n_writes
+            not torch.compiler.is_compiling() and _written(self.weight) != self._written
         )
+
+    def _divided_padding(self) -> tuple[tuple[int, int], tuple[int, ...]]:
+        """What conv2d pads itself, and what is added before it."""
+        height, width = self.weight.shape[-2:]
+        pairs = (_pair(value) for value in (self.stride, self.dilation))
+        return _divided(self.padding, self.padding_mode, (height, width), *pairs)
 
     def operands(self, effective: EffectiveWeights | None = None) -> ConvOperands:
         """All tensors of this layer, for `ss_conv`, `ss_block` and `effective_weights`.
@@ -178,11 +188,21 @@ class ScaleShiftConv2d(nn.Module):
         return ConvOperands(self.filters, self.scale, self.shift, norm, effective)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, I, H, W] → [N, O, H', W'], normalised by the stored statistics if there is a norm."""
-        if any(self._outer_padding):
+        """[N, I, H, W] → [N, O, H', W'], normalised by the stored statistics if there is a norm.
+
+        In memory the result lies as that of conv2d: channels-last where the images or the weight do.
+        """
+        _, outer = self._divided_padding()
+        padded = x
+        if any(outer):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._outer_padding, mode=mode)
-        return ss_conv(x, self.operands(), backend=self.backend)
+            padded = F.pad(x, outer, mode=mode)
+        y = ss_conv(padded, self.operands(), backend=self.backend)
+        if x.stride(1) != 1 and self.weight.is_contiguous():
+            y = y.contiguous()
+        # A filter's gradient is taken from the output that the kernel keeps: what follows may write over its own.
+        by_filter = self.scale is not None and self.scale.shape[1] == 1
+        return y.clone() if by_filter and y.requires_grad else y
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files start afresh: what was derived belongs to this weight and this process.

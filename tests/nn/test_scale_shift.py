@@ -154,10 +154,6 @@ WAYS = [
 def test_filters_are_those_of_the_present_weight(
     way: Any, frozen: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if frozen and way is by_swapping_data:
-        pytest.skip(
-            "a frozen weight's data are nobody's to swap: nothing says so to what was derived from them"
-        )
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
     conv = make()
     if frozen:
