@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_part(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--rounds", type=int, help="at least 7, or 2 with --quick (by default 9, or 2)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of both sides (default: torch's)"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, to try it out; not to be quoted")
     parser.add_argument(
         "--output",
@@ -60,7 +62,8 @@ def _add_part(parser: argparse.ArgumentParser) -> None:
 
 def _measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     fewest = 2 if options.quick else 7
-    settings = Settings(rounds=options.rounds or (2 if options.quick else 9), quick=options.quick)
+    rounds = (2 if options.quick else 9) if options.rounds is None else options.rounds
+    settings = Settings(rounds=rounds, quick=options.quick)
     if settings.rounds < fewest:
         parser.error(f"--rounds: a spread takes at least {fewest}")
     torch.set_num_threads(options.threads)
@@ -70,11 +73,12 @@ def _measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
     print(header(settings), flush=True)
     kept = measured(read(options.output), settings) if options.output and options.output.exists() else {}
     lines: list[Line] = []
-    for line in lines_of(rows, settings, kept):
-        print(text(line, settings), flush=True)
-        if options.output and line not in kept.get(line.source, ()):
-            append(options.output, [record(line, settings)])
-        lines.append(line)
+    for of_row in lines_of(rows, settings, kept):
+        print("\n".join(text(line, settings) for line in of_row), flush=True)
+        new = [line for line in of_row if line not in kept.get(line.source, ())]
+        if options.output and new:
+            append(options.output, [record(line, settings) for line in new])
+        lines += of_row
     if options.output and any("axis" in line.details for line in lines):
         print(f"picture: {picture(options.output.with_suffix('.png'), lines)}")
     return int(any(line.refused for line in lines))

@@ -127,7 +127,7 @@ class Line:
         against: the fastest peer, by name.
         peers: of those names.
         source: name of the `Measurable` that gave it.
-        implementation: the backend that ran as ours.
+        implementation: the backend that ran as ours; empty where it is the one that convolutions have here.
         ours, peer: "12.3 ms" of each side.
         values: what the spread is of, a value a round: peer's time over ours, unless `unit` says otherwise.
         best: the same of the two best times.
@@ -141,7 +141,7 @@ class Line:
     against: str = ""
     peers: tuple[str, ...] = ()
     source: str = ""
-    implementation: str = "native"
+    implementation: str = ""
     ours: str = ""
     peer: str = ""
     values: tuple[float, ...] = ()
@@ -255,8 +255,12 @@ def ratios(ours: Sequence[float], peer: Sequence[float]) -> tuple[float, ...]:
 
 
 def geometric_mean(family: Family, lines: Sequence[Line]) -> Line:
-    """The family's line: the geometric mean over its rows in each round; refused unless all rows have values."""
-    name = f"{family.name}, geometric mean"
+    """The family's line: the geometric mean over its rows in each round; refused unless all rows have values.
+
+    A part of the rows has another name and no target.
+    """
+    whole = len(lines) == family.n_rows
+    name = f"{family.name}, geometric mean" + ("" if whole else f" of {len(lines)} of {family.n_rows} rows")
     refused = [line.row for line in lines if line.refused]
     if refused:
         return Line(name, refused=f"so are {', '.join(refused)}")
@@ -264,16 +268,13 @@ def geometric_mean(family: Family, lines: Sequence[Line]) -> Line:
         math.prod(in_round) ** (1 / len(lines))
         for in_round in zip(*(line.values for line in lines), strict=True)
     )
-    whole = len(lines) == family.n_rows
     return Line(
         name,
         against="the fastest peer of each",
         peers=tuple(dict.fromkeys(peer for line in lines for peer in line.peers)),
         values=values,
         best=math.prod(line.best or 0 for line in lines) ** (1 / len(lines)),
-        # A part of the rows has no target.
         target=family.target if whole else None,
-        note="" if whole else f"{len(lines)} of {family.n_rows} rows",
     )
 
 

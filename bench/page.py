@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mtl_fast.training.checkpoint import short_commit
 from mtl_fast.training.figures import INK, PALE, RIGHT, WIDTH, WRONG, blank_figure, write_picture
@@ -18,13 +19,20 @@ def page(file: Path, folder: Path) -> None:
     """Writes speed.md and speed.png into `folder`, and share.png and scaling.png where there are such rows.
 
     Raises:
-        ValueError: the file has no finished row, or only quick ones, which are not to be quoted.
+        ValueError: the file has no finished row, or only quick ones, which are not to be quoted; or rows of sources that
+            have no name.
     """
-    found = [r for r in latest(read(file)).values() if not r["quick"] and r["values"]]
+    all_of = [r for r in latest(read(file)).values() if not r["quick"]]
+    found = [r for r in all_of if r["values"]]
     if not found:
         raise ValueError(f"{file}: no finished row that may be quoted; `python -m bench all` makes them")
+    unnamed = [r["row"] for r in found if r["commit"].endswith("+changes")]
+    if unnamed:
+        raise ValueError(
+            f"{file}: {unnamed[0]} is of changes that no commit holds ({len(unnamed)} rows): commit, measure again"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "speed.md").write_text(markdown(found), "utf-8")
+    (folder / "speed.md").write_text(markdown([r for r in all_of if r["values"] or r["refused"]]), "utf-8")
     bars(folder / "speed.png", [r for r in found if _is_ratio(r)])
     shares(folder / "share.png", found)
     scaling = [line_of(r) for r in found if "axis" in r["details"]]
@@ -33,10 +41,12 @@ def page(file: Path, folder: Path) -> None:
 
 
 def markdown(found: Sequence[Record]) -> str:
-    """The rows that have a target, as a table, and what they were measured with."""
+    """The rows that have a target or were refused, as a table, with their notes and what they were measured with."""
     lines = ["| what | against | ratio (p20–p80) | must | aim |", "|---|---|---|---|---|"]
     for r in found:
         spread = spread_of(r)
+        if r["refused"]:
+            lines.append(f"| {r['row']} | | refused: {r['refused']} | | |")
         if r["target"] is None or spread is None:
             continue
         target, unit = Target(**r["target"]), r["unit"]
@@ -46,20 +56,42 @@ def markdown(found: Sequence[Record]) -> str:
             f"| {r['row']} | {r['against']} | {' '.join([f'**{middle}**', *around])} | "
             f"{must.removeprefix('must ')} | {aim.removeprefix('aim ')} |"
         )
-    return "\n".join([*lines, "", *_measured_with(found)]) + "\n"
+    notes = [
+        f"- {r['row']}, against {r['against']}: {r['note']}." for r in found if r["target"] and r["note"]
+    ]
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), *_measured_with(found)]) + "\n"
 
 
 def _measured_with(found: Sequence[Record]) -> list[str]:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(r[name]) for r in found))
+    def all_of(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
 
-    versions = found[-1]["versions"]
-    commits = ", ".join(dict.fromkeys(short_commit(r["commit"]) for r in found))
-    return [
-        f"Made by `python -m bench` on {all_of('device')}, {all_of('threads')} threads,",
-        f"torch {versions['torch']}, mtl_fast {versions['mtl_fast']}, commit {commits}, {all_of('date')}:",
-        f"both sides in one process, interleaved, {all_of('rounds')} rounds; median of the rounds' ratios.",
+    device, threads, rounds, date = (
+        all_of(r[name] for r in found) for name in ("device", "threads", "rounds", "date")
+    )
+    torch, ours = (all_of(r["versions"][name] for r in found) for name in ("torch", "mtl_fast"))
+    said = [
+        f"Made by `python -m bench` on {device}, {threads} threads,",
+        f"torch {torch}, mtl_fast {ours}, {date}, commit {_commits(found)}.",
+        f"Times: both sides in one process, interleaved, {rounds} rounds; median of the rounds' ratios.",
     ]
+    processes = {str(len(r["values"])) for r in found if "bytes" in r["details"]}
+    if processes:
+        said.append(f"Memory: the highest point of {', '.join(sorted(processes))} fresh processes a side.")
+    return said
+
+
+def _commits(found: Sequence[Record]) -> str:
+    """The commit of most rows, and which rows are of others."""
+    rows: dict[str, list[Record]] = {}
+    for r in found:
+        rows.setdefault(r["commit"], []).append(r)
+    first, *others = sorted(rows, key=lambda commit: -len(rows[commit]))
+    said = short_commit(first)
+    for commit in others:
+        named = ", ".join(dict.fromkeys(f"{r['operation']}, {r['mode']}" for r in rows[commit]))
+        said += f"; {short_commit(commit)}: {named}"
+    return said
 
 
 def _is_ratio(found: Record) -> bool:

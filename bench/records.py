@@ -22,19 +22,8 @@ from mtl_fast.training.checkpoint import provenance
 from .harness import Family, Line, Settings, Spread, Target
 
 Record = Mapping[str, Any]
-KEY = (
-    "operation",
-    "mode",
-    "shape",
-    "implementation",
-    "peers",
-    "dtype",
-    "device",
-    "threads",
-    "versions",
-    "rounds",
-    "quick",
-)
+CONDITIONS = ("dtype", "device", "threads", "versions", "rounds", "quick")
+KEY = ("operation", "mode", "shape", "implementation", "peers", *CONDITIONS)
 
 
 def machine() -> dict[str, Any]:
@@ -76,11 +65,18 @@ def record(line: Line, settings: Settings) -> dict[str, Any]:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Adds lines to the file; a killed writer leaves at most one broken last line, which `read` leaves out."""
+    """Adds what one measurement found to the file, with the time of day.
+
+    A killed writer leaves at most one broken last line, which `read` leaves out.
+    """
+    now = time.strftime("%H:%M:%S")
     path.parent.mkdir(parents=True, exist_ok=True)
     broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * broken + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        file.write(
+            "\n" * broken
+            + "".join(json.dumps({**r, "time": now}, ensure_ascii=False) + "\n" for r in records)
+        )
 
 
 def read(path: Path) -> list[Record]:
@@ -104,12 +100,28 @@ def _records(path: Path) -> Iterator[Record]:
 
 def key(found: Record) -> tuple[str, ...]:
     """What two records must share to be compared."""
-    return tuple(json.dumps(found[name], sort_keys=True) for name in KEY)
+    return _words(found, KEY)
+
+
+def _words(found: Record, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(json.dumps(found[name], sort_keys=True) for name in names)
 
 
 def latest(records: Iterable[Record]) -> dict[tuple[str, ...], Record]:
-    """The last record of each key, in the order in which keys first came."""
-    return {key(found): found for found in records}
+    """What the last measurement of each row found, by key, in the order in which rows first came.
+
+    Whatever an earlier one found is superseded: against peers that are others now, or before the row was refused.
+    """
+    rows: dict[tuple[str, ...], dict[tuple[str, ...], Record]] = {}
+    before = None
+    for found in records:
+        row = (found["source"] or found["row"], *_words(found, CONDITIONS))
+        measurement = (*row, found["date"], found.get("time"))
+        if measurement != before or key(found) in rows[row]:
+            rows[row] = {}
+        rows[row][key(found)] = found
+        before = measurement
+    return {name: found for row in rows.values() for name, found in row.items()}
 
 
 def measured(records: Iterable[Record], settings: Settings) -> dict[str, list[Line]]:
@@ -123,9 +135,9 @@ def measured(records: Iterable[Record], settings: Settings) -> dict[str, list[Li
     same = [name for name in now if name != "date"]
     lines: dict[str, list[Line]] = {}
     for found in latest(records).values():
-        if all(found.get(name) == now[name] for name in same) and found["values"]:
+        if all(found.get(name) == now[name] for name in same):
             lines.setdefault(found["source"], []).append(line_of(found))
-    return lines
+    return {row: of_row for row, of_row in lines.items() if all(line.values for line in of_row)}
 
 
 def line_of(found: Record) -> Line:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from .harness import Line, Measurable, Settings, Spread, Target, geometric_mean
+from .networks import native_backend
 from .records import machine
 
 HEADINGS = ("row", "ours", "against", "ratio (p20–p80), best/best", "of peak", "target")
@@ -14,27 +15,32 @@ WIDTHS = (62, 9, 40, 32, 8)
 
 def lines_of(
     rows: Iterable[Measurable], settings: Settings, kept: Mapping[str, Sequence[Line]] | None = None
-) -> Iterator[Line]:
-    """Measures the rows one after the other; a family's mean follows its last row.
+) -> Iterator[list[Line]]:
+    """Measures the rows one after the other, each with its lines together; a family's mean follows its last row.
 
     `kept` has the lines of rows that were measured before, which are given as they are.
     """
+    backend = "torch" if native_backend()[1] else "native"
+
+    def told(line: Line, source: str = "") -> Line:
+        return replace(line, source=source, implementation=line.implementation or backend)
+
     family: list[Line] = []
     for row in rows:
-        for measured in (kept or {}).get(row.name) or row.measure(settings):
-            line = replace(measured, source=row.name)
-            if family and line.family != family[0].family:
-                yield from _mean(family)
-                family = []
-            if line.family:
-                family.append(line)
-            yield line
-    yield from _mean(family)
+        lines = (kept or {}).get(row.name) or row.measure(settings)
+        lines = [told(line, row.name) for line in lines]
+        if family and lines[0].family != family[0].family:
+            yield [told(_mean(family))]
+            family = []
+        family += [line for line in lines if line.family]
+        yield lines
+    if family:
+        yield [told(_mean(family))]
 
 
-def _mean(family: list[Line]) -> Iterator[Line]:
-    if family and family[0].family:
-        yield geometric_mean(family[0].family, family)
+def _mean(lines: list[Line]) -> Line:
+    assert lines[0].family is not None
+    return geometric_mean(lines[0].family, lines)
 
 
 def header(settings: Settings) -> str:

@@ -98,21 +98,17 @@ class ScalingRow:
 
 
 def throughput(what: str, lines: Sequence[Line]) -> Line:
-    """The worst ratio of a line's tasks a second to the best among the lines of fewer tasks before it."""
-
-    def middle(line: Line) -> float:
-        return median(line.values)
-
-    pairs = [(max(lines[:i], key=middle), line) for i, line in enumerate(lines) if i]
-    best, worst = min(pairs, key=lambda pair: middle(pair[1]) / middle(pair[0]))
-    few, many = best.details["value"], worst.details["value"]
+    """Of all pairs of lines, the one where more tasks have the least of fewer tasks' rate, by the rounds' ratios."""
+    pairs = itertools.combinations(lines, 2)
+    before, after = min(pairs, key=lambda pair: median(ratios(pair[0].values, pair[1].values)))
+    few, many = before.details["value"], after.details["value"]
     return Line(
         row=f"scaling, {what}, throughput as tasks grow, worst",
         against="fewer tasks",
         peers=("fewer tasks",),
         ours=f"{many} tasks",
         peer=f"({few})",
-        values=ratios(best.values, worst.values),
+        values=ratios(before.values, after.values),
         target=NOT_FALLING,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench.harness import Family, Line, Settings, Target
 from bench.page import markdown, page
 from bench.parts import ALL, PARTS, rows_of
 from bench.records import append, key, latest, line_of, measured, read, record, words_of
+from bench.report import lines_of
 
 SETTINGS = Settings(rounds=7)
 LINE = Line(
@@ -103,8 +105,46 @@ def test_a_second_run_measures_what_is_missing_and_appends_nothing_twice(
         "geometric mean",
     ]
     assert main([*arguments, "--rows", "ss_conv, kernel"]) == 0
-    assert file.read_text("utf-8").splitlines()[: len(second)] == second
+    assert file.read_text("utf-8").splitlines() == second
     capsys.readouterr()
+
+
+def test_a_row_s_lines_are_kept_together_or_not_at_all() -> None:
+    against = [replace(LINE, peers=(name,), family=None) for name in ("plain", "other")]
+
+    class Killed:
+        name = LINE.row
+
+        def measure(self, settings: Settings) -> Iterator[Line]:
+            yield against[0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(lines_of([Killed()], SETTINGS))
+    whole = [record(line, SETTINGS) for line in against]
+    assert measured(whole, SETTINGS) == {LINE.row: against}
+    assert (
+        measured([whole[0], record(replace(against[1], values=(), refused="wrong"), SETTINGS)], SETTINGS)
+        == {}
+    )
+
+
+def test_a_row_s_last_measurement_supersedes_its_earlier_ones() -> None:
+    first, other = record(LINE, SETTINGS), record(replace(LINE, row="a, b, c", source="a, b, c"), SETTINGS)
+    more_peers = record(replace(LINE, peers=("plain", "other", "third")), SETTINGS)
+    assert list(latest([first, other, more_peers]).values()) == [more_peers, other]
+    refused = record(Line(LINE.row, source=LINE.source, refused="wrong"), SETTINGS) | {"time": "later"}
+    assert list(latest([first, refused]).values()) == [refused]
+    assert "refused: wrong" in markdown([refused])
+    twice = record(replace(LINE, peers=("third",)), SETTINGS)
+    assert list(latest([first, twice]).values()) == [first, twice]
+    assert list(latest([first, twice, first]).values()) == [first]
+
+
+def test_a_mean_of_a_part_leaves_that_of_all_rows() -> None:
+    whole = replace(LINE, row="fits, first order, geometric mean", source="")
+    part = replace(whole, row="fits, first order, geometric mean of 1 of 2 rows", target=None)
+    assert len(latest([record(whole, SETTINGS), record(part, SETTINGS)])) == 2
 
 
 def test_comparing_says_how_time_and_ratio_moved(tmp_path: Path, commit: list[str]) -> None:
@@ -131,7 +171,14 @@ def test_the_page_has_rows_with_targets_and_names_the_machine(tmp_path: Path) ->
     assert f"| {LINE.row} | plain | **3×** (2.7×–3.3×) | ≥ 2× holds | ≥ 4× MISSED |" in text
     assert "| **1.5×** (1.4×–1.6×) | ≥ 2× MISSED |" in text
     assert "without" not in text
-    assert "commit abc" in text
+    assert "commit abc." in text
+    noted = record(replace(LINE, note="extrapolated"), SETTINGS)
+    assert f"- {LINE.row}, against plain: extrapolated." in markdown([noted])
+    later = record(LINE, SETTINGS) | {"commit": "def", "mode": "later"}
+    assert "commit abc; def: fit and predict, later." in markdown([noted, noted, later])
+    memory = record(replace(LINE, unit="%", details={"bytes": {"ours": [1, 2, 3]}}), SETTINGS)
+    assert "3 fresh processes a side" in markdown([memory])
+    assert "processes" not in text
     file = tmp_path / "lines.jsonl"
     append(file, [record(LINE, SETTINGS), missed])
     page(file, tmp_path / "page")
@@ -149,6 +196,13 @@ def test_the_page_draws_shares_of_the_peak_and_scaling_where_there_are_such_rows
     append(file, [record(replace(LINE, share=1.5), SETTINGS), record(point, SETTINGS)])
     page(file, folder)
     assert {path.name for path in folder.iterdir()} == {"speed.md", "speed.png", "share.png", "scaling.png"}
+
+
+def test_rows_of_sources_without_a_name_are_not_quoted(tmp_path: Path, commit: list[str]) -> None:
+    commit.append("abc+changes")
+    append(tmp_path / "lines.jsonl", [record(LINE, SETTINGS)])
+    with pytest.raises(ValueError, match="of changes that no commit holds"):
+        page(tmp_path / "lines.jsonl", tmp_path)
 
 
 def test_skipped_rows_are_tried_again(commit: list[str]) -> None:

@@ -1,8 +1,9 @@
 """The scale-and-shift convolution: rows of `python -m bench ops`, and `pytest bench/ops/bench_ss_conv.py`.
 
 The rows are the convolutions of ResNet-12 that keep their channels, forward and all gradients, beside conv2d with the
-scale multiplied onto the weight. The tests under pytest-benchmark add what surrounds a convolution (norm, activation,
-pooling, effective weights at hand), a slim network's size and a small one of the full network.
+scale multiplied onto the weight; that of a filter also onto the output, which saves the weight's gradient. The tests
+under pytest-benchmark add what surrounds a convolution (norm, activation, pooling, effective weights at hand), a slim
+network's size and a small one of the full network.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mtl_fast.ops import ChannelNorm, ConvOperands, Epilogue, FrozenFilters, eff
 ROWS = ((64, 84), (128, 42), (256, 21), (512, 10), (64, 32), (128, 16), (256, 8), (512, 4))
 QUICK_ROWS = ((8, 12), (16, 6))
 TARGETS = {"kernel": Target(2.2, 3.5), "filter": Target(3, 5)}
-PEERS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
+FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 IMAGES_AT_ONCE = 8  # in float64
 
 Convolve = Callable[[Tensor, ConvOperands], Tensor]
@@ -79,10 +80,16 @@ def conv_case(granularity: str, batch: int, channels: int, pixels: int, ours: Co
     bounds = dict.fromkeys(("y", "dx"), convolution_bound(9 * channels))
     bounds |= dict.fromkeys(("dscale", "dshift"), convolution_bound(9 * batch * pixels**2))
     exact = _exact(conv, x, cotangent)
+    ways = {name: (bare, memory_format) for name, memory_format in FORMATS.items()}
+    if granularity == "filter":
+        ways |= {
+            f"output scaled, {name}": (output_scaled, memory_format)
+            for name, memory_format in FORMATS.items()
+        }
     return Case(
         ours=contender("ours", ours or native, torch.channels_last),
-        peers=tuple(contender(name, bare, memory_format) for name, memory_format in PEERS.items()),
-        against=(Against(tuple(PEERS)),),
+        peers=tuple(contender(name, *way) for name, way in ways.items()),
+        against=(Against(tuple(ways)),),
         expected={name: Expected(value, bounds[name]) for name, value in exact.items()},
         # Forward, the images' gradient and the weight's: a multiplication and an addition each.
         flops=3 * 2 * 9 * batch * channels**2 * pixels**2,
@@ -94,6 +101,14 @@ def bare(x: Tensor, conv: ConvOperands) -> Tensor:
     """Equation 3 as it stands, nothing around it."""
     f = conv.filters
     return F.conv2d(x, f.weight * conv.scale, f.bias + conv.shift, padding=1)
+
+
+def output_scaled(x: Tensor, conv: ConvOperands) -> Tensor:
+    """The same with the scale of a filter on what it gives: no gradient of a weight."""
+    f = conv.filters
+    return torch.addcmul(
+        (f.bias + conv.shift).view(-1, 1, 1), F.conv2d(x, f.weight, padding=1), conv.scale.view(-1, 1, 1)
+    )
 
 
 def _converted(conv: ConvOperands, dtype: torch.dtype, memory_format: torch.memory_format) -> ConvOperands:
