@@ -144,7 +144,9 @@ _ALTERED = "has hooks or a parametrised weight (weight or spectral norm, pruning
 def _is_altered(layer: nn.Module) -> bool:
     """Whether calling it does more than its class says: what stands in its place would not."""
     hooks = [value for name, value in vars(layer).items() if name.endswith("_hooks") and value]
-    computed = [name for name in ("weight", "bias") if getattr(layer, name) is not layer._parameters.get(name)]
+    computed = [
+        name for name in ("weight", "bias") if getattr(layer, name) is not layer._parameters.get(name)
+    ]
     return bool(hooks or computed)
 
 

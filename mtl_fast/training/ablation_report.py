@@ -167,7 +167,9 @@ def _about_rates(scope: Scope, cells: Mapping[tuple[str, int], Cell], n_shot: in
         return "Meta learning rates are the recipe's."
     told = ", ".join(f"{row.label} {rate:g}" for row, rate in chosen.items())
     taken = [row.label for row in chosen if row.key not in scope.rates and row.rate_of in scope.rates]
-    text = f"Meta learning rates, chosen on the validation split: {told}.\n"
+    first, *others = (f"{n}-shot" for n in scope.shots)
+    kept = f"{first} and kept {', '.join(others)}" if others else first
+    text = f"Meta learning rates, chosen on the validation split {kept}: {told}.\n"
     if taken:
         text += f"The rate of {' and '.join(taken)} is that of the [Θ;θ] row. "
     return text + "With hard tasks the rate is the same; rows that are not named have the recipe's."

@@ -130,12 +130,26 @@ def claims_text(cells: Cells, shots: Sequence[int]) -> str:
                     if found.n_seeds == 1:
                         said += ", from one seed"
                     sentence = difference_sentence(a.label, b.label, found)
-                    lines.append(f"- {claim.words}, {n_shot}-shot: **{said}**. {sentence}")
+                    rising = _still_rising(b, cells[b.key, n_shot])
+                    lines.append(f"- {claim.words}, {n_shot}-shot: **{said}**. {sentence}{rising}")
                     break
     for n_shot in shots:
         if saved := tasks_saved(cells, SS, n_shot):
             lines.append(f"- HT converges faster, {n_shot}-shot: {_speed_sentence(SS, saved)}")
     return "\n".join(lines)
+
+
+def _still_rising(row: Row, cell: Cell) -> str:
+    """A sentence where longer runs of what a claim says is worse might have been better."""
+    rising = [
+        outcome
+        for outcome in cell.outcomes
+        if len(outcome.curve) > 1 and outcome.curve[-1][1] > max(point[1] for point in outcome.curve[:-1])
+    ]
+    if not rising:
+        return ""
+    seeds = f" in {len(rising)} of {len(cell.outcomes)} seeds" if len(cell.outcomes) > 1 else ""
+    return f" {row.label} was best at its end{seeds}, so still rising."
 
 
 def speed_verdict(saved: Sequence[tuple[float, float]]) -> tuple[Interval, Verdict]:

@@ -143,7 +143,7 @@ def _markdown(cells: Sequence[Cell], best: dict[tuple[str, int], Cell], seeds: S
     return f"""{table}
 
 {len(seeds)} seeds × {n_tasks} test tasks, ± 95 % interval over the tasks; meta learning rate chosen on the validation
-split, 1-shot: {chosen}.
+split 1-shot and kept 5-shot: {chosen}.
 
 The paired difference on the same test tasks, ± its 95 % interval, all seeds pooled:
 

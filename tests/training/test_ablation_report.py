@@ -116,7 +116,7 @@ def test_rates_are_told_with_where_they_are_from(cells: Cells) -> None:
     )
     told = module._about_rates(Scope(rates={"ss": 1e-3}, choose=True), cells, 1)
     assert told.startswith(
-        "Meta learning rates, chosen on the validation split: SS[Θ4;θ] 0.001, SS[Θ;θ] 0.001.\n"
+        "Meta learning rates, chosen on the validation split 1-shot and kept 5-shot: SS[Θ4;θ] 0.001, SS[Θ;θ] 0.001.\n"
     )
     assert "The rate of SS[Θ4;θ] is that of the [Θ;θ] row." in told
     assert "The rate of" not in module._about_rates(Scope(choose=True), cells, 1)

@@ -91,6 +91,21 @@ def test_a_verdict_from_one_seed_says_so() -> None:
     assert "1-shot: **confirmed, from one seed**. SS[Θ;θ] is better" in claims.claims_text(cells, (1,))
 
 
+def test_what_was_still_rising_is_said_of_what_a_claim_calls_worse() -> None:
+    better, worse = [0.8, 0.9, 0.85], [0.6, 0.7, 0.7]
+    flat = [[0, 0.6, 0.01], [100, 0.7, 0.01], [200, 0.7, 0.01]]
+    ss = {("ss", 1): cell(SS, better, better)}
+    for curve, sentence in (
+        (CURVE, " FT[Θ;θ] was best at its end in 2 of 2 seeds, so still rising."),
+        (flat, ""),
+    ):
+        found = claims.claims_text(ss | {("ft-all", 1): cell(FT_ALL, worse, worse, curve=curve)}, (1,))
+        assert found.splitlines()[0].endswith(").") == (not sentence)
+        assert found.splitlines()[0].endswith(sentence)
+    one = {("ss", 1): cell(SS, better, seeds=(0,)), ("ft-all", 1): cell(FT_ALL, worse, seeds=(0,))}
+    assert "FT[Θ;θ] was best at its end, so still rising." in claims.claims_text(one, (1,))
+
+
 def test_each_claim_is_a_sentence_with_its_verdict() -> None:
     better, worse = [0.8, 0.9, 0.85, 0.8], [0.6, 0.7, 0.7, 0.6]
     cells = {
