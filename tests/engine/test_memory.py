@@ -62,20 +62,21 @@ def test_an_image_of_a_known_network() -> None:
     encoder = Conv4(4, image_size=16).double().eval()
     encoder.backend = "torch"
     found = bytes_per_image(encoder, 16, torch.float64)
-    # Each layer keeps its input for the weights, the activation's output, and the pooling's indices.
+    # Each layer keeps its input for the weights, the activation's output, and the pooling's indices, of eight bytes too.
     layers = [(3, 16), (4, 8), (4, 4), (4, 2)]
     kept = sum(8 * (n_in * size**2 + 4 * size**2 + 4 * (size // 2) ** 2) for n_in, size in layers)
     transient = 4 * 8 * 4 * 16**2
-    assert found == pytest.approx(kept + transient, rel=0.25)
+    assert found == kept + transient
 
 
-def test_nothing_is_kept_for_a_frozen_encoder_and_half_in_half_precision() -> None:
+def test_nothing_is_kept_for_a_frozen_encoder_and_less_in_half_precision() -> None:
     frozen, learning = (make_encoder(learn=learn, dtype=torch.float32) for learn in ("head", "kernel"))
     few, many = (bytes_per_image(encoder, 16, torch.float32) for encoder in (frozen, learning))
     assert few < many
     assert few == 4 * 16 * 16 * 4 * 4, "four times the largest maps"
+    # Its images and maps are half as large, its weights' operands and places of maxima are not.
     half = bytes_per_image(learning, 16, torch.bfloat16)
-    assert half < many
+    assert many / 2 <= half < many
 
 
 def test_measuring_leaves_everything_as_it_was() -> None:

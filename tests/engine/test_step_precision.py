@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,13 @@ SCALE = 2.0**10
 def bound(dtype: torch.dtype, n_layers: int) -> float:
     """Relative: in each layer image, weight, sum and epilogue are rounded, on the way there and back.
 
-    Twice that, for a value beside a kink (of the activation, of the pooling) falls on its other side.
+    Twice that, for a value beside a kink (of the activation, of the pooling) falls on its other side. Where that is
+    more: independent roundings of relative size δ put a share δ/π of the values on the other side of a kink, and their
+    gradients are others altogether; kinks of a layer each and of four poolings, on the support's way and the query's.
     """
-    return 2 * 2 * 4 * n_layers * torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps
+    rounding, n_kinks = 4 * n_layers**0.5 * eps, 2 * (n_layers + 4)
+    return min(2 * 2 * 4 * n_layers * eps, rounding + (n_kinks * rounding / math.pi) ** 0.5)
 
 
 def engine_of(store: ImageStore, kind: str, dtype: torch.dtype | None, **options: Any) -> EpisodicEngine:
@@ -62,9 +67,9 @@ def test_losses_and_gradients_are_those_of_float32_to_rounding(
     tolerance = bound(dtype, n_layers=4)
     assert (outputs[1].loss - outputs[0].loss).abs().max() <= tolerance * outputs[0].loss.max()
     if order == "second":
-        tolerance *= 2  # the support images come and go as well
-    if tolerance < 1:
-        assert (vectors[1] - vectors[0]).norm() <= tolerance * vectors[0].norm()
+        tolerance *= 2**0.5 if dtype == torch.bfloat16 else 2  # the support images come and go as well
+    assert tolerance < 1
+    assert (vectors[1] - vectors[0]).norm() <= tolerance * vectors[0].norm()
     # And not merely by being float32 after all.
     assert (vectors[1] - vectors[0]).norm() > 1e-5 * vectors[0].norm()
 
