@@ -47,9 +47,11 @@ class Cub(ImageFiles):
                 f"{self.root / 'images.txt'}: class {missing[0]} of {split} has no image; get the file again"
             )
         boxes = self._boxes()
+        files = [self.root / "images" / name for _, name in rows]
+        # Boxes are those of the pixels as stored, whatever EXIF says of the camera.
         images = [
-            Encoded(str(self.root / "images" / name), self.root / "images" / name, boxes.get(number))
-            for number, name in rows
+            Encoded(str(file), file, boxes.get(number), as_stored=True)
+            for file, (number, _) in zip(files, rows, strict=True)
         ]
         return Listing(images, [name.split("/")[0] for _, name in rows])
 

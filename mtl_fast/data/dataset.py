@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -114,6 +114,8 @@ class Listing:
 class ImageFiles(DataSet):
     """A format whose images are files of their own; classes are numbered in the order of their names."""
 
+    version = 2  # 2: transparency on white, upright by EXIF
+
     def __init__(self, root: Path, splits: Mapping[str, Path]) -> None:
         super().__init__(root, splits)
         self._listings: dict[str, Listing] = {}
@@ -145,7 +147,7 @@ class ImageFiles(DataSet):
         listing = self.listing(split)
         images = listing.images
         if not options.crop_to_box:
-            images = [Encoded(image.name, image.data) for image in images]
+            images = [replace(image, box=None) for image in images]
         elif boxless := [image.name for image in images if image.box is None]:
             raise InputError(
                 f"{boxless[0]}: has no box to crop to, like {len(boxless)} of {len(images)} images; "

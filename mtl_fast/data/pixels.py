@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from mtl_fast.errors import InputError
@@ -25,6 +25,17 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _BAR_FROM = 2000  # images; fewer are read before a bar is of use
 _BATCH = 4096  # images given to the threads at a time: each one waiting costs memory
+# What brings an image upright of which EXIF says that it was stored otherwise.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # width and height change places
 # What Pillow's decoders raise on damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -37,11 +48,14 @@ class Encoded:
         name: what error messages call it.
         data: the file, or its content, which is not copied before it is decoded.
         box: (left, top, right, bottom) in pixels, the part to keep; it is cut to the image. None keeps all.
+        as_stored: pixels stay as they lie in the file, as boxes may ask; else the image is turned upright where its
+            EXIF orientation says that it was stored otherwise.
     """
 
     name: str
     data: Path | bytes | memoryview
     box: tuple[int, int, int, int] | None = None
+    as_stored: bool = False
 
 
 def decode_images(
@@ -56,7 +70,7 @@ def decode_images(
         description: what the progress bar says; there is one on a terminal, for many images.
 
     Returns:
-        uint8 [N, H, W, 3]; transparency is dropped, grey is repeated.
+        uint8 [N, H, W, 3], upright by EXIF; transparency lies on white, grey is repeated.
 
     Raises:
         InputError: images that cannot be decoded, or of several sizes with `image_size` None.
@@ -101,16 +115,27 @@ def _decoded(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB: transparency is dropped, grey is repeated.
+    """The image in RGB: transparency lies on white, grey is repeated.
 
     Raises:
         InputError: more than 8 bits a channel; what is wrong, to follow the image's name.
     """
     if image.mode.startswith(("I", "F")):
         raise InputError(f"has more than 8 bits a channel (mode {image.mode})")
-    if "transparency" in image.info:
+    if image.has_transparency_data:
+        # What no one sees is often stored black, as a drawing's lines are.
         image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, 1 for images that are upright or do not tell."""
+    try:
+        # A PNG file's own method decodes the whole image first.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damage there is no damage to the image, and what Pillow raises on it is anything
+        return 1
 
 
 def _decode(source: Encoded, image_size: int | None) -> NDArray[np.uint8] | str:
@@ -118,7 +143,10 @@ def _decode(source: Encoded, image_size: int | None) -> NDArray[np.uint8] | str:
     try:
         with _open(source) as image:
             image.load()  # Image.open reads the header only: this is where a truncated file shows
+            turn = None if source.as_stored else _UPRIGHT.get(_orientation(image))
             image = to_rgb(image)
+            if turn is not None:
+                image = image.transpose(turn)
             if source.box is not None:
                 left, top, right, bottom = source.box
                 box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
@@ -136,10 +164,11 @@ def _decode(source: Encoded, image_size: int | None) -> NDArray[np.uint8] | str:
 
 
 def size_of(source: Encoded) -> tuple[int, int] | None:
-    """(width, height) from the image's header, before any box; None where it cannot be read."""
+    """(width, height) from the image's header, as it is decoded but for its box; None where it cannot be read."""
     try:
         with _open(source) as image:
-            return image.size
+            on_side = not source.as_stored and _orientation(image) in _ON_THEIR_SIDE
+            return (image.height, image.width) if on_side else image.size
     except _DAMAGE:
         return None
 

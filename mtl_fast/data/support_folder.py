@@ -77,8 +77,8 @@ class SupportFolder:
 def read_images(files: Sequence[Path], image_size: int) -> NDArray[np.uint8]:
     """Images of any size and mode as a network takes them.
 
-    The shorter side is resized to `image_size` (bilinear, antialiased), then the centre is cropped; grey is repeated,
-    transparency is dropped.
+    They are turned upright by EXIF, the shorter side is resized to `image_size` (bilinear, antialiased), then the
+    centre is cropped; grey is repeated, transparency lies on white.
 
     Args:
         files: N image files, at least one.

@@ -56,6 +56,7 @@ class TieredPng(_Tiered):
 
     format = "tieredImageNet, PNG buffers"
     layout = "{train,val,test}_images_png.pkl + {train,val,test}_labels.pkl"
+    version = 2  # 2: transparency on white
     ending = "_images_png.pkl"
 
     def read(self, split: str, options: Options) -> Content:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import ExifTags, Image
 
 from mtl_fast.data import load_split
-from tests.data.cases import error_of, picture, write
+from tests.data.cases import encoded, error_of, picture, write
 from tests.data.copies import BIRDS, cub
 
 
@@ -46,6 +48,18 @@ def test_boxes_are_cropped_to_on_request(tmp_path: Path) -> None:
     whole, cropped = (load_split(root, "val", crop_to_box=crop).images for crop in (False, True))
     assert whole.shape == (2, 6, 8, 3)
     assert np.array_equal(cropped.numpy(), whole[:, 1:4, 2:6].numpy())
+
+
+def test_pixels_stay_as_stored_for_boxes_are_of_those(tmp_path: Path) -> None:
+    root = cub(tmp_path)
+    plain = load_split(root, "val", crop_to_box=True).images
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for i in (2, 3):
+        name = f"images/{BIRDS[1]}/{BIRDS[1][4:]}_{i - 2}.jpg"
+        write(root / name, encoded(picture(6, 8, seed=i), "png", exif=exif))
+    assert load_split(root, "val").image_size == (6, 8)
+    assert torch.equal(load_split(root, "val", crop_to_box=True).images, plain)
 
 
 def test_a_box_is_cut_to_the_image(tmp_path: Path) -> None:

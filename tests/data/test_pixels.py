@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import mtl_fast.data.pixels as pixels
 from mtl_fast.data import load_split
-from mtl_fast.data.pixels import resize_and_crop
+from mtl_fast.data.pixels import Encoded, resize_and_crop, to_rgb
 from mtl_fast.errors import InputError
 from tests.data.cases import encoded, error_of, picture, two_classes, write
 
@@ -40,8 +40,83 @@ def test_palette_with_transparency_is_read_without_a_warning(tmp_path):
     path = tmp_path / "train/x/1.png"
     path.parent.mkdir(parents=True)
     Image.fromarray(picture()).convert("P").save(path, transparency=bytes(range(200)))
-    expected = np.asarray(Image.open(path).convert("RGBA"))[..., :3]
+    pixels = np.asarray(Image.open(path).convert("RGBA")).astype(int)
+    alpha = pixels[..., 3:]
+    expected = (alpha * pixels[..., :3] + (255 - alpha) * 255) / 255
+    # The product is rounded once, in eight bits.
+    assert np.abs(load_split(tmp_path, "train").images[0].numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """A black line on a background that is stored black too, and seen by nobody; only its line is opaque."""
+    line = np.zeros((5, 5), np.uint8)
+    line[2] = 255
+    image, options = Image.new("LA", (5, 5)), {}
+    image.putalpha(Image.fromarray(line))
+    if mode in ("P", "L", "RGB"):  # a colour of its own is the transparent one
+        image = Image.fromarray(np.where(line, 0, 1).astype(np.uint8) * np.uint8(9)).convert(mode)
+        options = {
+            "transparency": (9, 9, 9) if mode == "RGB" else 9 if mode == "L" else image.getpixel((0, 0))
+        }
+    else:
+        image = image.convert("RGBA" if mode == "PA" else mode).convert(mode)
+    expected = np.repeat(255 - line[..., None], 3, 2)
+    if mode == "PA":  # which no file has that is read
+        assert np.array_equal(np.asarray(to_rgb(image)), expected)
+        return
+    path = tmp_path / "train/x/1.png"
+    path.parent.mkdir(parents=True)
+    image.save(path, **options)
     assert np.array_equal(load_split(tmp_path, "train").images[0].numpy(), expected)
+
+
+def upright(orientation: int) -> tuple[bytes, np.ndarray]:
+    """A JPEG file that bears this orientation, and the 8x16 pixels that a viewer shows of it, grey and smooth."""
+    shown = np.add.outer(np.arange(8) * 16, np.arange(16) * 4).astype(np.uint8)
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: shown[::-1, ::-1],
+        4: shown[::-1],
+        5: shown.T,
+        6: np.rot90(shown),
+        7: shown[::-1, ::-1].T,
+        8: np.rot90(shown, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encoded(np.ascontiguousarray(stored), "jpeg", quality=100, exif=exif)
+    return content, np.repeat(shown[..., None], 3, 2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_upright(tmp_path, orientation):
+    content, shown = upright(orientation)
+    path = write(tmp_path / "train/x/1.jpg", content)
+    found = load_split(tmp_path, "train").images[0].numpy()
+    assert found.shape == shown.shape
+    assert np.abs(found.astype(int) - shown).max() <= 2  # JPEG's loss
+    assert pixels.size_of(Encoded("1", path)) == (16, 8)
+    height, width = np.asarray(Image.open(path)).shape[:2]
+    assert pixels.size_of(Encoded("1", path, as_stored=True)) == (width, height)
+
+
+def test_photos_held_either_way_are_of_one_size(tmp_path):
+    for orientation in (1, 6):
+        write(tmp_path / f"train/x/{orientation}.jpg", upright(orientation)[0])
+    assert load_split(tmp_path, "train").image_size == (8, 16)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's, when it opens the file
+@pytest.mark.parametrize(
+    "damage", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"]
+)
+def test_damaged_exif_is_no_damage_to_the_image(tmp_path, damage):
+    path = write(tmp_path / "train/x/1.jpg", encoded(picture(), "jpeg", exif=damage))
+    expected = np.asarray(Image.open(path))
+    assert np.array_equal(load_split(tmp_path, "train").images[0].numpy(), expected)
+    assert pixels.size_of(Encoded("1", path)) == (6, 6)
 
 
 # ------------------------------------------------------------------------------------------------- size
