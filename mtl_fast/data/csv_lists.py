@@ -32,26 +32,36 @@ class CsvLists(ImageFiles):
         path = self.place(split)
         rows = _rows(path)
         folder = self.root / "images"
-        name, label = rows[0]
+        _, name, label = rows[0]
         # Some keep a folder a class in images/; the first row tells.
         nested = not (folder / name).exists() and (folder / label / name).exists()
-        files = [folder / label / name if nested else folder / name for name, label in rows]
-        return Listing([Encoded(str(file), file) for file in files], [label for _, label in rows])
+        files = [folder / label / name if nested else folder / name for _, name, label in rows]
+        seen: dict[Path, tuple[int, str]] = {}
+        for file, (line, name, label) in zip(files, rows, strict=True):
+            first, other = seen.setdefault(file, (line, label))
+            if first != line:
+                twice = "is listed twice" if other == label else f"is of {other!r} and of {label!r}"
+                raise InputError(
+                    f"{path}, lines {first} and {line}: {name!r} {twice}; remove one of the lines"
+                )
+        return Listing([Encoded(str(file), file) for file in files], [label for _, _, label in rows])
 
 
-def _rows(path: Path) -> list[tuple[str, str]]:
-    """(file name, class) of each row; at least one row."""
+def _rows(path: Path) -> list[tuple[int, str, str]]:
+    """(line, file name, class) of each row; at least one row."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
             wanted = next((pair for pair in _HEADERS if set(pair) <= set(columns)), None)
             if wanted is None:
                 held = ",".join(columns) if columns else "nothing"
                 raise InputError(
                     f"{path}: the first line is {held!r}, expected filename,label or class_name,image_name"
                 )
-            rows = [(reader.line_num, row[wanted[0]], row[wanted[1]]) for row in reader]
+            # A row may have too few cells.
+            cells = ((reader.line_num, *((row[column] or "").strip() for column in wanted)) for row in reader)
+            rows = [(line, name, label) for line, name, label in cells]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -71,4 +81,4 @@ def _rows(path: Path) -> list[tuple[str, str]]:
             raise InputError(
                 f"{path}, line {line}: {name!r} of {label!r} lies outside of images/; do not trust its source"
             )
-    return [(name, label) for _, name, label in rows]
+    return rows

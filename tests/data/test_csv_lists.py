@@ -29,6 +29,21 @@ def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
     assert load_split(tmp_path, "train").class_names == ("x",)
 
 
+def test_blanks_around_cells_are_none_of_theirs(tmp_path: Path) -> None:
+    csv_lists(tmp_path)
+    write(tmp_path / "train.csv", b'filename, label \r\na1.png,x\r\n a2.png ,\tx \r\na3.png, "y, z"\r\n')
+    store = load_split(tmp_path, "train")
+    assert store.class_names == ("x", "y, z")
+    assert store.labels.tolist() == [0, 0, 1]
+
+
+def test_one_name_in_two_class_folders_is_two_files(tmp_path: Path) -> None:
+    for label in "xy":
+        write(tmp_path / "images" / label / "1.png", picture())
+    write(tmp_path / "train.csv", "filename,label\n1.png,x\n1.png,y\n")
+    assert load_split(tmp_path, "train").class_counts.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -40,6 +55,15 @@ def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
         (b"filename,label\n../x.png,x\n", "train.csv, line 2: '../x.png' of 'x' lies outside of images/"),
         (b"filename,label\n/etc/x.png,x\n", "line 2: '/etc/x.png' of 'x' lies outside"),
         (b"filename,label\nx.png,../..\n", "line 2: 'x.png' of '../..' lies outside"),
+        (
+            b"filename,label\na1.png,x\na2.png,x\na1.png, x\n",
+            "train.csv, lines 2 and 4: 'a1.png' is listed twice; remove one of the lines",
+        ),
+        (
+            b"filename,label\na1.png,x\na1.png,y\n",
+            "train.csv, lines 2 and 3: 'a1.png' is of 'x' and of 'y'; remove one of the lines",
+        ),
+        (b"filename,label\n  ,x\n", "train.csv, line 2: no filename"),
         (b"filename,label\n\xff\xfe,x\n", "train.csv: is no CSV list"),
         (b"filename,label\na1.png,x\ngone.png,x\n", "gone.png (unreadable) cannot be decoded: No such file"),
     ],
