@@ -13,7 +13,7 @@ QUICK = "--preset glyphs-quick --output out"
 # Command → a part of the one line that it ends with. Names of files are those of `folder` below.
 COMMANDS = {
     "pretrain --output out --preset papper": "preset 'papper' is unknown; choose one of: paper",
-    "pretrain --output out --data.source nowhere": "nowhere: no such folder or file; looked for class folders",
+    "pretrain --output out --data.source nowhere": "nowhere: no such folder or file; name where the images are",
     "pretrain --output out --data.source empty": "empty: holds nothing, which is no data set",
     "pretrain --output out --data.source text": "text: a file that shows no format",
     "pretrain --output out --data.source half": "half/train: holds nothing; expected {train,val,test}",

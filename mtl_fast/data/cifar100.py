@@ -40,6 +40,9 @@ class Cifar100(DataSet):
     def name_of(self, split: str) -> str:
         return f"{self.place(split).parent} ({split})"
 
+    def shows(self, path: Path) -> bool:
+        return path in some_present(self.root, _FILES)
+
     def files(self, split: str) -> Sequence[Path]:
         return some_present(self.root, _FILES)
 

@@ -16,6 +16,7 @@ _MODULO = ("test", "train", "val", "train")
 # The list of 140/30/30 classes, by its name in Meta-Dataset; {"train": [class, …], "valid": …, "test": …}.
 SPLIT_LIST = "cu_birds_splits.json"
 _BOXES = "bounding_boxes.txt"
+_LISTS = ("images.txt", _BOXES, SPLIT_LIST)
 
 
 class Cub(ImageFiles):
@@ -35,8 +36,11 @@ class Cub(ImageFiles):
     def name_of(self, split: str) -> str:
         return f"{self.place(split).parent} ({split})"
 
+    def shows(self, path: Path) -> bool:
+        return path in some_present(self.root, _LISTS)
+
     def lists(self, split: str) -> Sequence[Path]:
-        return some_present(self.root, ("images.txt", _BOXES, SPLIT_LIST))
+        return some_present(self.root, _LISTS)
 
     def list_images(self, split: str) -> Listing:
         wanted = self._classes(split)
@@ -59,12 +63,19 @@ class Cub(ImageFiles):
         """(image number, path below images/) of each image."""
         path = self.root / "images.txt"
         rows = []
+        seen: dict[str, int] = {}
         for line, words in _words(path):
             parts = words[1].split("/") if len(words) == 2 else []
             if len(parts) != 2 or {"..", "."} & set(parts) or not parts[0].split(".")[0].isdecimal():
                 raise InputError(
                     f"{path}, line {line}: {' '.join(words)!r}, expected '<id> <NNN.Name>/<file>'; get the file again"
                 )
+            for word in words:  # neither a number, which boxes go by, nor a file comes twice
+                first = seen.setdefault(word, line)
+                if first != line:
+                    raise InputError(
+                        f"{path}, lines {first} and {line}: {word!r} is listed twice; remove one of the lines"
+                    )
             rows.append((words[0], words[1]))
         if not rows:
             raise InputError(f"{path}: lists no image; get it again")

@@ -80,6 +80,10 @@ class DataSet(ABC):
             InputError: what is there is damaged or does not fit; one line names it and the way out.
         """
 
+    def shows(self, path: Path) -> bool:
+        """Whether this is a file or folder that the data set may be named by: by default those of `splits`."""
+        return path in self.splits.values()
+
     def place(self, split: str) -> Path:
         """What showed the split.
 
@@ -178,11 +182,18 @@ def names_in(folder: Path) -> tuple[list[str], list[str]]:
     """
     try:
         with os.scandir(folder) as entries:
-            seen = {entry.name: entry.is_dir() for entry in entries}
+            seen = {entry.name: _is_folder(entry) for entry in entries}
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror}; check its permissions") from None
     visible = [name for name in seen if not (name.startswith(".") or name == "__MACOSX")]
     return [name for name in visible if seen[name]], [name for name in visible if not seen[name]]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False
 
 
 def some_present(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mtl_fast.data.cifar100 import Cifar100
@@ -32,27 +33,36 @@ FORMATS: tuple[type[DataSet], ...] = (
 
 
 def recognise(path: str | Path) -> DataSet:
-    """The data set at `path`, a folder or one of the files that show its format.
+    """The data set at `path`: a folder, or one of the files, or of the splits' folders, that show its format.
+
+    A ``~`` at its beginning is the user's home.
 
     Raises:
         InputError: nothing there, no format fits (the message says what was looked for), or several do.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.exists():
-        raise InputError(f"{path}: no such folder or file; {_wanted()}")
-    folder = path if path.is_dir() else path.parent
-    found = [data for data in (kind.find(folder) for kind in FORMATS) if data is not None]
-    if not path.is_dir():
-        found = [data for data in found if path in data.splits.values()]
+        raise InputError(
+            f"{path}: no such folder or file; name where the images are with --data.source (evaluate, embed: --data)"
+        )
+    found = _found_in(path) if path.is_dir() else []
+    if not found:
+        found = [data for data in _found_in(path.parent) if data.shows(path)]
     if not found:
         raise InputError(f"{path}: {_held(path)}; {_wanted()}")
     if len(found) > 1:
-        fits = ", ".join(f"{data.format} ({next(iter(data.splits.values())).name})" for data in found)
+        folder = path if path.is_dir() else path.parent
+        signs = [(data.format, next(iter(data.splits.values()))) for data in found]
+        fits = ", ".join(f"{format} ({os.path.relpath(sign, folder)})" for format, sign in signs)
         raise InputError(
-            f"{path}: {len(found)} formats fit: {fits}; name one of the files instead of the folder, or move the "
-            "others away"
+            f"{path}: {len(found)} formats fit: {fits}; name what stands in brackets behind the one that is meant, "
+            "or move the others away"
         )
     return found[0]
+
+
+def _found_in(folder: Path) -> list[DataSet]:
+    return [data for data in (kind.find(folder) for kind in FORMATS) if data is not None]
 
 
 def _held(path: Path) -> str:

@@ -40,6 +40,9 @@ class _Tiered(DataSet):
         splits = first_present(folder, {split: (f"{split}{cls.ending}",) for split in SPLITS})
         return cls(folder, splits) if splits else None
 
+    def shows(self, path: Path) -> bool:
+        return super().shows(path) or path in [self.root / f"{split}_labels.pkl" for split in self.splits]
+
     def files(self, split: str) -> Sequence[Path]:
         return (self.place(split), self._labels_file(split))
 

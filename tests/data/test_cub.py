@@ -83,6 +83,12 @@ def test_a_box_is_cut_to_the_image(tmp_path: Path) -> None:
         ("images.txt", "1 001.A/../../x.jpg\n", "images.txt, line 1"),
         ("images.txt", "1 ../x.jpg\n", "images.txt, line 1"),
         ("images.txt", b"\xff\xfe", "images.txt: cannot be read"),
+        (
+            "images.txt",
+            "1 001.A/a.jpg\n2 002.B/b.jpg\n3 001.A/a.jpg\n",
+            "images.txt, lines 1 and 3: '001.A/a.jpg' is listed twice; remove one of the lines",
+        ),
+        ("images.txt", "1 001.A/a.jpg\n1 002.B/b.jpg\n", "images.txt, lines 1 and 2: '1' is listed twice"),
         ("images.txt", "1 001.A/a.jpg\n2 003.C/c.jpg\n", "images.txt: class 002 has no image"),
         ("images.txt", "1 001.A/a.jpg\n2 002.B/c.jpg\n", "(unreadable) cannot be decoded: No such file"),
         ("bounding_boxes.txt", "1 2 3\n", "bounding_boxes.txt, line 1: '1 2 3', expected '<id> <x>"),

@@ -53,7 +53,7 @@ def test_a_format_is_recognised_from_the_folder_and_from_a_file(tmp_path: Path, 
     assert data.format == format
     for sign in SIGNS[format]:
         place = tmp_path / sign
-        if place.is_file() and place in data.splits.values():
+        if place.is_file():
             assert recognise(place).format == format
 
 
@@ -67,7 +67,10 @@ def test_nothing_that_fits_says_what_was_looked_for(tmp_path: Path) -> None:
         assert f"{kind.format}: {kind.layout}" in message
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'}: holds nothing" in message_of(tmp_path / "empty")
-    assert f"{tmp_path / 'none'}: no such folder or file; looked for" in message_of(tmp_path / "none")
+    assert message_of(tmp_path / "none") == (
+        f"{tmp_path / 'none'}: no such folder or file; name where the images are with --data.source (evaluate, embed: "
+        "--data)"
+    )
     assert "file0.txt: a file that shows no format" in message_of(tmp_path / "file0.txt")
 
 
@@ -77,6 +80,25 @@ def test_two_formats_in_one_folder_are_told_apart_by_a_file(tmp_path: Path) -> N
     assert "3 formats fit: class folders (train), FC100 (FC100_val.pickle), CIFAR-FS (CIFAR_FS_val" in message
     assert recognise(tmp_path / "FC100_val.pickle").format == "FC100"
     assert recognise(tmp_path / "CIFAR_FS_val.pickle").format == "CIFAR-FS"
+    assert recognise(tmp_path / "train").format == "class folders"
+    make(tmp_path, SIGNS["CUB-200-2011"])
+    assert "CUB-200-2011 (CUB_200_2011/images.txt); name what stands in brackets" in message_of(tmp_path)
+
+
+def test_a_data_set_may_be_named_by_any_of_its_lists_and_labels(tmp_path: Path) -> None:
+    birds = make(tmp_path, [*SIGNS["CUB-200-2011"], "CUB_200_2011/bounding_boxes.txt", "CUB_200_2011/README"])
+    assert recognise(birds / "CUB_200_2011/bounding_boxes.txt").format == "CUB-200-2011"
+    assert "README: a file that shows no format" in message_of(birds / "CUB_200_2011/README")
+    tiered = make(tmp_path / "tiered", ["train_images.npz", "train_labels.pkl", "more_labels.pkl"])
+    assert recognise(tiered / "train_labels.pkl").format == "tieredImageNet, arrays"
+    assert "shows no format" in message_of(tiered / "more_labels.pkl")
+
+
+def test_a_tilde_is_the_user_s_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make(tmp_path / "birds", ["train/"])
+    assert recognise("~/birds").root == tmp_path / "birds"
+    assert "~nobody-is-called-so/x: no such folder" in message_of(Path("~nobody-is-called-so/x"))
 
 
 def test_splits_are_those_that_are_there(tmp_path: Path) -> None:
