@@ -132,7 +132,8 @@ def inspect_data(source: str | Path, options: Options) -> DataInfo:
         data = recognise(source)
         format, layout, order = data.format, data.layout, _order(data, options)
         on_disk = {split: _sizes(data, split) for split in data.splits}
-        several = options.crop_to_box or any(len(found) > 1 for found in on_disk.values())
+        # A network takes one size, whether splits differ within or from each other.
+        several = options.crop_to_box or len(set().union(*on_disk.values())) > 1
         common = COMMON_SIZE if options.image_size is None and several else None
         if common is not None:
             options = replace(options, image_size=common)

@@ -115,6 +115,14 @@ def test_images_of_several_sizes_are_measured_on_disk(tmp_path: Path) -> None:
     assert small.splits["test"].sizes == info.splits["test"].sizes
 
 
+def test_splits_of_a_size_each_are_images_of_several_sizes(tmp_path: Path) -> None:
+    for split, side in (("train", 32), ("val", 40)):
+        write(tmp_path / split / "x" / "1.png", picture(side, side))
+    text = str(inspect_data(tmp_path, Options()))
+    assert "Images are of several sizes: set image_size." in text
+    assert [line.split()[4] for line in text.splitlines() if "×" in line][:2] == ["32×32", "40×40"]
+
+
 def test_crops_to_boxes_are_brought_to_one_size(tmp_path: Path) -> None:
     info = inspect_data(cub(tmp_path), Options(crop_to_box=True))
     assert info.splits["val"].store.image_size == (84, 84)
