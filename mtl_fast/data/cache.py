@@ -46,8 +46,10 @@ def cache_file(root: Path, split: str, asked: Mapping[str, object]) -> Path:
     root = root.resolve()
     identity = json.dumps([str(root), split, sorted(asked.items())])
     readable = re.sub(r"[^\w.-]+", "_", root.name) or "data"
+    # File systems count bytes, of which a letter may have four.
+    readable = readable.encode()[:60].decode(errors="ignore")
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return cache_folder() / f"{readable[:60]}-{split}-{digest}.safetensors"
+    return cache_folder() / f"{readable}-{split}-{digest}.safetensors"
 
 
 def fingerprint(root: Path, files: Sequence[Path], reader: str) -> str:

@@ -154,6 +154,13 @@ def test_a_stale_cache_is_replaced(
     assert len(list(folder.iterdir())) == 1
 
 
+def test_a_folder_with_a_long_name_in_any_script_has_a_cache(folder: Path, tmp_path: Path) -> None:
+    root = two_classes(tmp_path / (63 * "𠀀"))
+    load_split(root, "train")
+    (path,) = folder.iterdir()
+    assert path.name.startswith(15 * "𠀀" + "-train-")
+
+
 def test_another_version_of_the_reader_reads_anew(
     folder: Path, root: Path, n_read: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
