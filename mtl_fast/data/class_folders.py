@@ -1,26 +1,45 @@
-"""Reader of class folders: ``{train,val,test}/<class>/*.{jpg,jpeg,png,webp}``."""
+"""Reader of class folders: ``{train,val,test}/<class>/*.{jpg,jpeg,png,webp,gif,bmp}``."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mtl_fast.data.dataset import SPLITS, ImageFiles, Listing, names_in
 from mtl_fast.data.pixels import SUFFIXES, Encoded
+from mtl_fast.data.reading import tell
 from mtl_fast.errors import InputError
+
+IN_A_CLASS = f"<class>/*.{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}"
+# Images too, which nobody should miss without a word.
+_UNREAD = (
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".ppm",
+    ".pgm",
+    ".tga",
+    ".svg",
+)
 
 
 class ClassFolders(ImageFiles):
     """A folder a class, its name the class's; images in the order of class and file names.
 
-    Hidden files and files of other kinds are passed over; images beside the class folders, or deeper in one,
-    belong to no class and are passed over with a warning.
+    Hidden files and files of other kinds are passed over; images beside the class folders or deeper in one, images of
+    kinds that are not read, and links to nowhere are passed over and counted on the error stream.
     """
 
     format = "class folders"
-    layout = "{train,val,test}/<class>/*.{jpg,jpeg,png,webp}"
+    layout = f"{{train,val,test}}/{IN_A_CLASS}"
 
     @classmethod
     def find(cls, folder: Path) -> ClassFolders | None:
@@ -28,19 +47,11 @@ class ClassFolders(ImageFiles):
         return cls(folder, splits) if splits else None
 
     def list_images(self, split: str) -> Listing:
-        classes = _class_files(self.place(split))
-        files = [(name, file) for name, members in classes.items() for file in members]
+        folder = self.place(split)
+        found = sorted_images(folder, self.layout)
+        tell_of_left_out(folder, [*found.loose, *found.deeper], found.unread)
+        files = [(name, file) for name, members in found.classes.items() for file in members]
         return Listing([Encoded(str(file), file) for _, file in files], [name for name, _ in files])
-
-
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class, both in the order of their names; at least one class, at least one file each."""
-    found = sorted_images(folder, ClassFolders.layout)
-    stray = [*found.loose, *found.deeper]
-    if stray:
-        left_out = f"{len(stray)} images lie in no class folder and are left out, such as {stray[0]}"
-        warnings.warn(f"{folder}: {left_out}; expected {ClassFolders.layout}", stacklevel=3)
-    return found.classes
 
 
 class SortedImages(NamedTuple):
@@ -49,6 +60,7 @@ class SortedImages(NamedTuple):
     classes: dict[str, list[Path]]  # by class; at least one class, at least one file each
     loose: list[Path]  # beside the class folders
     deeper: list[Path]  # in folders below them
+    unread: list[Path]  # anywhere: images of kinds that are not read, and links to nowhere
 
 
 def sorted_images(folder: Path, layout: str, *, leave_out: Collection[Path] = ()) -> SortedImages:
@@ -67,27 +79,60 @@ def sorted_images(folder: Path, layout: str, *, leave_out: Collection[Path] = ()
     if not names:
         held = f"{len(files)} files but no class folders" if files else "nothing"
         raise InputError(f"{folder}: holds {held}; expected {layout}")
-    found = SortedImages({}, [folder / name for name in sorted(files) if _is_image(name)], [])
+    beside = [folder / name for name in sorted(files)]
+    found = SortedImages({}, images_of(beside), [], unread_of(beside))
     for name in names:
         subfolders, inside = names_in(folder / name)
-        deeper = [file for sub in sorted(subfolders) for file in images_below(folder / name / sub)]
-        found.classes[name] = [folder / name / file for file in sorted(inside) if _is_image(file)]
+        members = [folder / name / file for file in sorted(inside)]
+        below = [file for sub in sorted(subfolders) for file in files_below(folder / name / sub)]
+        found.classes[name], deeper = images_of(members), images_of(below)
+        unread = unread_of([*members, *below])
         if not found.classes[name]:
             where = f" ({len(deeper)} lie deeper, such as {deeper[0]}: move them up)" if deeper else ""
+            where = where or (f" ({_counted(unread)}: convert them)" if unread else "")
             kinds = ", ".join(SUFFIXES)
             raise InputError(f"{folder / name}: no {kinds} file in this class{where}; add some or remove it")
         found.deeper.extend(deeper)
+        found.unread.extend(unread)
     return found
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Images in `folder` and the folders in it; links to folders are not followed, for they may go round."""
+def tell_of_left_out(folder: Path, stray: Sequence[Path], unread: Sequence[Path]) -> None:
+    """Says once what lies in `folder` and is not taken: images in no class, and what `unread_of` finds."""
+    parts = []
+    if stray:
+        parts.append(f"{len(stray)} images in no class folder, such as {stray[0]}")
+    if unread:
+        parts.append(f"{_counted(unread)}, such as {unread[0]}")
+    if parts:
+        tell(f"{folder}: left out: {'; '.join(parts)}; what is read is {IN_A_CLASS}")
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Files in `folder` and the folders in it; links to folders are not followed, for they may go round."""
     folders, files = names_in(folder)
-    yield from (folder / name for name in sorted(files) if _is_image(name))
+    yield from (folder / name for name in sorted(files))
     for name in sorted(folders):
         if not (folder / name).is_symlink():
-            yield from images_below(folder / name)
+            yield from files_below(folder / name)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+def images_of(files: Iterable[Path]) -> list[Path]:
+    """Those that are images by their names."""
+    return [file for file in files if file.name.lower().endswith(SUFFIXES)]
+
+
+def unread_of(files: Iterable[Path]) -> list[Path]:
+    """Those that are images of kinds that are not read, or links to nowhere; a link called an image is one."""
+    others = (file for file in files if not file.name.lower().endswith(SUFFIXES))
+    return [file for file in others if file.name.lower().endswith(_UNREAD) or _leads_nowhere(file)]
+
+
+def _leads_nowhere(file: Path) -> bool:
+    return file.is_symlink() and not os.path.exists(file)
+
+
+def _counted(unread: Sequence[Path]) -> str:
+    """How many there are of each kind, such as ``3× .tif, 1× broken link``."""
+    kinds = Counter("broken link" if _leads_nowhere(file) else file.suffix.lower() for file in unread)
+    return ", ".join(f"{count}× {kind}" for kind, count in sorted(kinds.items()))

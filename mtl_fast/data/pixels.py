@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mtl_fast.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 # A file may bear the wrong suffix, but strangers' files reach no decoder beyond these.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -70,7 +70,7 @@ def decode_images(
         description: what the progress bar says; there is one on a terminal, for many images.
 
     Returns:
-        uint8 [N, H, W, 3], upright by EXIF; transparency lies on white, grey is repeated.
+        uint8 [N, H, W, 3], upright by EXIF, of a GIF the first picture; transparency lies on white, grey is repeated.
 
     Raises:
         InputError: images that cannot be decoded, or of several sizes with `image_size` None.

@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_fast.data.class_folders import images_below, sorted_images
+from mtl_fast.data.class_folders import (
+    IN_A_CLASS,
+    files_below,
+    images_of,
+    sorted_images,
+    tell_of_left_out,
+    unread_of,
+)
 from mtl_fast.data.pixels import SUFFIXES, Encoded, check_image_size, decode_images
 from mtl_fast.errors import InputError
-
-LAYOUT = f"<class>/*.{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class SupportFolder:
     def find(
         cls, support: str | Path, images: str | Path | None = None, *, written: Path | None = None
     ) -> SupportFolder:
-        """Looks for examples and for images to label.
+        """Looks for examples and for images to label; says on the error stream which images are neither.
 
         Args:
             support: a folder of class folders, any number of examples each.
@@ -49,21 +54,28 @@ class SupportFolder:
                 nothing to label.
         """
         folder, root = Path(support), Path(support if images is None else images)
-        _require(folder, f"expected a folder of class folders, {LAYOUT}", is_folder=True)
+        _require(folder, f"expected a folder of class folders, {IN_A_CLASS}", is_folder=True)
         _require(root, "expected a folder of images, or an image")
         no_class = {root.resolve(), *_holding_only(written, folder)}
-        found = sorted_images(folder, LAYOUT, leave_out=no_class)
+        found = sorted_images(folder, IN_A_CLASS, leave_out=no_class)
+        unread: list[Path] = []
         if root.resolve() == folder.resolve():
             root, unsorted = folder, found.loose  # however it was written
             nothing = (
                 "no image lies beside its class folders; put some there, or name a folder of images to label"
             )
         else:
-            unsorted = list(images_below(root)) if root.is_dir() else [root]
+            below = list(files_below(root)) if root.is_dir() else []
+            unsorted, unread = (images_of(below), unread_of(below)) if root.is_dir() else ([root], [])
             nothing = f"no {', '.join(SUFFIXES)} file to label"
         known = [*itertools.chain(*found.classes.values()), *([] if written is None else [written])]
         others = {file.resolve() for file in known}
         unsorted = [file for file in unsorted if file.resolve() not in others]
+        taken = others | {file.resolve() for file in unsorted}
+        stray = [file for file in (*found.loose, *found.deeper) if file.resolve() not in taken]
+        tell_of_left_out(folder, stray, found.unread)
+        told = {file.absolute() for file in found.unread}  # one folder may lie in the other
+        tell_of_left_out(root, [], [file for file in unread if file.absolute() not in told])
         if len(found.classes) < 2:
             only = next(iter(found.classes))
             raise InputError(
@@ -100,7 +112,9 @@ def _holding_only(written: Path | None, folder: Path) -> list[Path]:
         return []
     first, *rest = written.resolve().relative_to(folder.resolve()).parts
     place = folder.resolve() / first
-    alone = rest and place.is_dir() and all(file == written.resolve() for file in images_below(place))
+    alone = (
+        rest and place.is_dir() and all(file == written.resolve() for file in images_of(files_below(place)))
+    )
     return [place] if alone else []
 
 

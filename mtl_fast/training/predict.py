@@ -92,7 +92,8 @@ def predict_images(
     """Fits a model's head to the examples, by its inner loop, and labels the other images.
 
     Images of any size, in colour, grey or with transparency, are brought to the model's size by `read_images`; classes
-    may have different numbers of examples.
+    may have different numbers of examples. Images that lie elsewhere or are of other kinds are counted on the error
+    stream.
 
     Args:
         support: a folder with a folder of examples for each class.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mtl_fast.data import load_split
 from tests.data.cases import encoded, error_of, picture, two_classes, write
@@ -34,7 +34,7 @@ def test_load_split_reads_class_folders(root):
 
 
 def test_all_suffixes_in_any_case(tmp_path):
-    kinds = {"a.jpg": "jpeg", "b.JPEG": "jpeg", "c.Png": "png", "d.webp": "webp", "e.JPG": "jpeg"}
+    kinds = {"a.jpg": "jpeg", "b.JPEG": "jpeg", "c.Png": "png", "d.webp": "webp", "e.BMP": "bmp"}
     for name, kind in kinds.items():
         write(tmp_path / "train/x" / name, encoded(np.full((5, 5, 3), 77, np.uint8), kind))
     store = load_split(tmp_path, "train")
@@ -42,7 +42,14 @@ def test_all_suffixes_in_any_case(tmp_path):
     assert (store.images.int() - 77).abs().max() <= 3  # lossy, but a plain colour survives
 
 
-def test_hidden_and_other_files_are_passed_over(root):
+def test_of_a_gif_the_first_picture_is_read(tmp_path):
+    first, second = (Image.fromarray(np.full((5, 5), value, np.uint8)) for value in (40, 200))
+    (tmp_path / "train/x").mkdir(parents=True)
+    first.save(tmp_path / "train/x/1.gif", save_all=True, append_images=[second])
+    assert load_split(tmp_path, "train").images.unique().tolist() == [40]
+
+
+def test_hidden_and_other_files_are_passed_over(root, capsys):
     for name in (
         "train/.DS_Store",
         "train/a/.hidden.png",
@@ -55,14 +62,30 @@ def test_hidden_and_other_files_are_passed_over(root):
     write(root / "train/__MACOSX/a/1.png", picture())
     write(root / "train/a/.ipynb_checkpoints/1.png", picture())
     assert load_split(root, "train").class_counts.tolist() == [2, 2]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["train/stray.png", "train/a/deeper/still/1.png"])
-def test_images_outside_a_class_are_left_out_with_a_warning(root, name):
+def test_images_outside_a_class_are_left_out_with_a_word(root, name, capsys):
     write(root / name, picture())
-    with pytest.warns(UserWarning, match=rf"1 images lie in no class folder.*{re.escape(name)}"):
-        store = load_split(root, "train")
-    assert store.class_counts.tolist() == [2, 2]
+    for _ in range(2):
+        assert load_split(root, "train").class_counts.tolist() == [2, 2]
+    assert capsys.readouterr().err == (
+        f"{root / 'train'}: left out: 1 images in no class folder, such as {root / name}; what is read is "
+        "<class>/*.{jpg,jpeg,png,webp,gif,bmp}\n"
+    )
+
+
+def test_images_that_are_not_read_and_broken_links_are_counted(root, capsys):
+    for name in ("train/a/1.tif", "train/b/1.TIF", "train/b/old/2.heic", "train/list.csv", "train/b/.3.tif"):
+        write(root / name, b"")
+    (root / "train/gone").symlink_to(root / "nowhere")
+    (root / "train/b/circle").symlink_to(root / "train/b/circle")
+    assert load_split(root, "train").class_counts.tolist() == [2, 2]
+    assert capsys.readouterr().err == (
+        f"{root / 'train'}: left out: 1× .heic, 2× .tif, 2× broken link, such as {root / 'train/gone'}; what is read "
+        "is <class>/*.{jpg,jpeg,png,webp,gif,bmp}\n"
+    )
 
 
 def test_links_to_folders_are_classes_and_circles_do_no_harm(root):
@@ -93,8 +116,10 @@ def test_class_without_images(root):
     write(root / "train/bare/readme.txt", b"soon")
     message = error_of(root, "train")
     assert message.startswith(
-        f"{root / 'train/bare'}: no .jpg, .jpeg, .png, .webp file in this class; add some"
+        f"{root / 'train/bare'}: no .jpg, .jpeg, .png, .webp, .gif, .bmp file in this class; add some"
     )
+    write(root / "train/bare/1.tiff", b"")
+    assert ".bmp file in this class (1× .tiff: convert them); add some" in error_of(root, "train")
     write(root / "train/bare/images/1.png", picture())
     assert f"1 lie deeper, such as {root / 'train/bare/images/1.png'}: move them up" in error_of(
         root, "train"

@@ -76,6 +76,34 @@ def test_what_an_earlier_run_wrote_is_no_image_and_no_class(root: Path, output: 
     assert same()
 
 
+def test_what_is_neither_an_example_nor_to_label_is_told(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SupportFolder.find(root / "s")
+    assert capsys.readouterr().err == ""
+    for name in ("s/ant/old/4.png", "s/bee/2.tif", "q/deep/4.heic"):
+        write(root / name, picture())
+    read = "what is read is <class>/*.{jpg,jpeg,png,webp,gif,bmp}\n"
+    unread = f"1× .tif, such as {root / 's/bee/2.tif'}"
+    for images, n, first, rest in (
+        (None, 1, "s/ant/old/4.png", ""),
+        (
+            root / "q",
+            3,
+            "s/a.png",
+            f"{root / 'q'}: left out: 1× .heic, such as {root / 'q/deep/4.heic'}; {read}",
+        ),
+    ):
+        SupportFolder.find(root / "s", images, written=root / "s/predictions.png")
+        stray = (
+            f"{root / 's'}: left out: {n} images in no class folder, such as {root / first}; {unread}; {read}"
+        )
+        assert capsys.readouterr().err == stray + rest
+    SupportFolder.find(root / "s", root)
+    rest = f"1× .heic, such as {root / 'q/deep/4.heic'}; {read}"
+    assert capsys.readouterr().err == f"{root / 's'}: left out: {unread}; {read}{root}: left out: {rest}"
+
+
 def refused(*arguments: Any) -> str:
     with pytest.raises(InputError) as caught:
         SupportFolder.find(*arguments)
@@ -86,7 +114,7 @@ def refused(*arguments: Any) -> str:
 def test_wrong_folders_are_one_line(root: Path) -> None:
     s, q, empty = root / "s", root / "q", root / "empty"
     empty.mkdir()
-    layout = "<class>/*.{jpg,jpeg,png,webp}"
+    layout = "<class>/*.{jpg,jpeg,png,webp,gif,bmp}"
     assert (
         refused(root / "no") == f"{root / 'no'}: no such folder; expected a folder of class folders, {layout}"
     )
@@ -96,7 +124,7 @@ def test_wrong_folders_are_one_line(root: Path) -> None:
     )
     assert refused(empty, q) == f"{empty}: holds nothing; expected {layout}"
     assert refused(s / "ant", q) == f"{s / 'ant'}: holds 3 files but no class folders; expected {layout}"
-    assert refused(s, empty) == f"{empty}: no .jpg, .jpeg, .png, .webp file to label"
+    assert refused(s, empty) == f"{empty}: no .jpg, .jpeg, .png, .webp, .gif, .bmp file to label"
     for image in ("a.png", "b.png"):
         (s / image).unlink()
     assert refused(s) == (
@@ -104,7 +132,7 @@ def test_wrong_folders_are_one_line(root: Path) -> None:
     )
     (s / "cow").mkdir()
     assert refused(s, q) == (
-        f"{s / 'cow'}: no .jpg, .jpeg, .png, .webp file in this class; add some or remove it"
+        f"{s / 'cow'}: no .jpg, .jpeg, .png, .webp, .gif, .bmp file in this class; add some or remove it"
     )
     (s / "cow").rename(root / "cow")
     (s / "bee").rename(root / "bee")
