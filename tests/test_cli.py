@@ -93,10 +93,10 @@ def test_the_three_commands_follow_each_other(
     capsys.readouterr()
     arguments = ["evaluate", "--checkpoint", str(runs / "meta"), *TEST, "--output", str(tmp_path / "test")]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("5-way 1-shot, 8 test tasks: ")
+    assert capsys.readouterr().out.startswith(f"5-way 1-shot, 8 test tasks of {data}: ")
     assert (tmp_path / "test" / "evaluation.json").exists()
     assert main(["evaluate", "--checkpoint", str(runs / "pre"), "--n-way=3", *TEST]) == 0
-    assert capsys.readouterr().out.startswith("3-way 1-shot, 8 test tasks: ")
+    assert capsys.readouterr().out.startswith(f"3-way 1-shot, 8 test tasks of {data}: ")
 
 
 def test_a_profile_and_a_precision_can_be_asked_for(data: Path, runs: Path, tmp_path: Path) -> None:

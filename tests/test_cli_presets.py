@@ -89,7 +89,7 @@ def test_a_recipe_through_all_commands(
     capsys.readouterr()
     test = ["evaluate", "--checkpoint", str(tmp_path / "meta"), "--evaluation.n-tasks=4", "--device=cpu"]
     assert main([*test, "--output", str(tmp_path / "test")]) == 0
-    assert capsys.readouterr().out.startswith("5-way 2-shot, 4 test tasks: ")
+    assert capsys.readouterr().out.startswith(f"5-way 2-shot, 4 test tasks of {data}: ")
     tested = json.loads((tmp_path / "test" / "evaluation.json").read_text())["config"]
     assert tested["evaluation"] == {"n_tasks": 4, "split": "test", "mirror_support": name == "tensorflow"}
     assert tested["inner"]["test_lr"] == recipe.inner.test_lr

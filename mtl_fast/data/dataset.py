@@ -155,7 +155,7 @@ class ImageFiles(DataSet):
         elif boxless := [image.name for image in images if image.box is None]:
             raise InputError(
                 f"{boxless[0]}: has no box to crop to, like {len(boxless)} of {len(images)} images; "
-                "leave data.crop_to_box out"
+                "complete the boxes, or leave data.crop_to_box out"
             )
         pixels = decode_images(images, options.image_size, options.n_workers, self.name_of(split))
         names = sorted(set(listing.classes))

@@ -65,7 +65,7 @@ def embed_split(
     Args:
         checkpoint: a model file, or a run's folder.
         output: the file; it must not exist.
-        data: another source than the one trained on.
+        data: another source than the one trained on, read as `evaluate_model` does.
         split: which one.
         mirror: embed the mirror images too.
         device: where to run.

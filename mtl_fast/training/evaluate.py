@@ -69,7 +69,7 @@ class Score:
 
     def __str__(self) -> str:
         shape, test = self.config.episodes, self.config.evaluation
-        where = f" of {self.data}" if self.data else ""
+        where = f" of {self.data or self.config.data.source}"
         where += f" (shard {self.shard})" if self.shard else ""
         return (
             f"{shape.n_way}-way {shape.n_shot}-shot, {len(self.task_accuracy)} {test.split} tasks{where}: "
@@ -132,8 +132,9 @@ def evaluate_model(
 
     Args:
         checkpoint, embeddings: one of the two; a file of embeddings brings the meta-learned head with it.
-        data: another source of images than the one trained on. They are brought to the model's size, and normalised
-            as in its training.
+        data: another source of images than the one trained on, which imported weights always need. They are brought
+            to the model's size and normalised as in its training, and cropped to boxes and read in the channel order
+            of its training where their format knows of these.
         n_way, n_shot, n_query, inner_steps, inner_lr: of the test.
         adapt: what the inner loop moves, the ``head`` or ``all`` weights of the network.
         head: ``zeros`` fits fresh heads though there is a meta-learned one.

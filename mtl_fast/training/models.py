@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config import Config, EncoderConfig
-from ..data import load_split
+from ..data import is_glyphs, load_split
 from ..data.store import ImageStore
 from ..engine.base import NormMode
 from ..engine.inputs import Preprocess
@@ -193,6 +194,11 @@ class Model:
         return bool(self.meta.get("stored_statistics", True))
 
     @property
+    def is_imported(self) -> bool:
+        """Whether it is another program's: its settings then name no images of its training."""
+        return "imported" in self.meta
+
+    @property
     def norm(self) -> NormMode:
         """Statistics of the norms at test; a pre-trained network has its stored ones, if any."""
         return "frozen" if self.head is None and self.stored_statistics else self.config.meta.norm
@@ -317,16 +323,29 @@ def split_for(model: Model, data: str | None, split: str) -> ImageStore:
 
     Args:
         model: the model.
-        data: where the images come from, brought to that size; None: the data that the model was trained on.
+        data: where the images come from, brought to that size and read as those of training, with their crops to boxes
+            and channel order, as far as its format knows these (what it does not is said on the error stream); None:
+            the data that the model was trained on.
         split: which split.
 
     Raises:
-        InputError: the data are missing or damaged, or those of training have another size now.
+        InputError: the data are missing or damaged, or those of training have another size now; none are named for
+            imported weights, whose file does not know theirs.
     """
     config = model.config.data
+    if data is None and model.is_imported:
+        raise InputError(f"{model.path}: was imported, and does not know its images; name them with --data")
     size = config.image_size or (None if data is None else model.image_size)
-    # Another source is read by the habits of its own format.
-    store = load_split(data or config.source, split, size, **(config.reading if data is None else {}))
+    reading = config.reading if data is None else _known_reading(model, data)
+    try:
+        store = load_split(data or config.source, split, size, **reading)
+    except InputError:
+        gone = not is_glyphs(config.source) and not os.path.exists(os.path.expanduser(config.source))
+        if data is None and gone:
+            raise InputError(
+                f"{model.path}: was trained on {config.source}, where nothing is from here; name its images with --data"
+            ) from None
+        raise
     if store.image_size != (model.image_size, model.image_size):
         height, width = store.image_size
         raise InputError(
@@ -334,6 +353,27 @@ def split_for(model: Model, data: str | None, split: str) -> ImageStore:
             f"{model.image_size}×{model.image_size}; name the data with --data, and they are resized"
         )
     return store
+
+
+def _known_reading(model: Model, data: str) -> dict[str, Any]:
+    """How `model`'s images are read, as far as the format of `data` knows the options; says what becomes of them."""
+    asked = dict(model.config.data.reading)
+    if not asked:
+        return asked
+    from ..data.reading import tell
+    from ..data.recognise import recognise
+
+    format = None if is_glyphs(data) else recognise(data)
+    if "crop_to_box" in asked and (format is None or not format.has_boxes):
+        del asked["crop_to_box"]
+        tell(f"{data}: has no boxes; {model.path} was trained on crops to boxes, and sees whole images here")
+    if order := asked.get("channel_order"):
+        if format is not None and format.channel_order is not None:
+            tell(f"{data}: is read as {order.upper()}, as {model.path} was trained")
+        else:
+            del asked["channel_order"]
+            tell(f"{data}: tells its channel order; the {order.upper()} of {model.path} is not applied")
+    return asked
 
 
 def new_head(config: Config, encoder: Encoder, streams: RandomStreams) -> LinearHead:

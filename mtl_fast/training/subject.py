@@ -131,6 +131,8 @@ def model_subject(
     store = split_for(model, data, config.evaluation.split)
     trained_on = model.config.data.source
     where = "" if data in (None, trained_on) else f"{data} (trained on {trained_on})"
+    if data is not None and model.is_imported:
+        where = f"{data} (imported weights)"
     return Subject(
         str(checkpoint), config, store.to(device), model.encoder, model.norm, start.to(device), where
     )

@@ -123,7 +123,7 @@ def test_boxes_asked_for_must_be_there(tmp_path: Path) -> None:
     root = cub(tmp_path)
     (root / "bounding_boxes.txt").unlink()
     assert load_split(root, "train").n_images == 6
-    assert "has no box to crop to, like 6 of 6 images; leave data.crop_to_box out" in error_of(
+    assert "has no box to crop to, like 6 of 6 images; complete the boxes, or leave" in error_of(
         root, "train", crop_to_box=True
     )
 

@@ -77,7 +77,7 @@ def test_a_score_is_the_mean_of_its_tasks_and_a_task_that_of_its_classes(meta_tr
     torch.testing.assert_close(result.task_accuracy, correct.mean(dim=1))
     assert result.interval == mean_interval(result.task_accuracy)
     text = str(result)
-    assert text.startswith("3-way 1-shot, 12 test tasks: ")
+    assert text.startswith("3-way 1-shot, 12 test tasks of tiny: ")
     assert text.endswith(f"{result.interval.percent()} %")
 
 
@@ -188,7 +188,7 @@ def test_saved_features_give_the_score_of_the_model(
     monkeypatch.setattr(models, "load_split", lambda *_: pytest.fail("images"))
     found = evaluate_model(embeddings=file, evaluation=evaluation, n_shot=2, inner_lr=0.2, device="cpu")
     assert torch.equal(found.task_accuracy, expected.task_accuracy)
-    assert str(found) == str(expected).replace(" tasks:", f" tasks of {file}:")
+    assert str(found) == str(expected).replace(" tasks of tiny:", f" tasks of {file}:")
     assert found.config.inner == expected.config.inner
 
 
@@ -250,9 +250,8 @@ def test_other_data_are_named_and_normalised_as_in_training(
     assert str(found).startswith("3-way 1-shot, 12 test tasks of bigger (trained on tiny): ")
     assert seen == [("bigger", Preprocess(CONFIG.data.mean, CONFIG.data.std))]
     assert json.loads((tmp_path / "evaluation.json").read_text())["data"] == "bigger (trained on tiny)"
-    # The data trained on need no name.
     same = evaluate_model(meta_trained, data="tiny", evaluation=TASKS, device="cpu")
-    assert str(same).startswith("3-way 1-shot, 12 test tasks: ")
+    assert str(same).startswith("3-way 1-shot, 12 test tasks of tiny: ")
 
 
 def test_every_step_comes_with_its_interval(meta_trained: Path, tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ def test_the_command_prints_the_account_and_evaluate_reads_the_model(
 ) -> None:
     files = tensorflow(tmp_path, "weights", "ss_weights", "fc_weights")
     output = tmp_path / "model.safetensors"
+    torch.save({"params": trained(ResNet25(mtl=False)).state_dict()}, tmp_path / "max_acc.pth")
+    frozen = tmp_path / "frozen.safetensors"
+    import_weights([tmp_path / "max_acc.pth"], frozen, format="pytorch", image_size=16)
     assert main(["import", *files, "--output", str(output), "--image-size=16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["source", "shape", "ours"]
@@ -53,7 +56,12 @@ def test_the_command_prints_the_account_and_evaluate_reads_the_model(
     )
     arguments = ["evaluate", "--checkpoint", str(output), f"--data={data}", "--evaluation.n-tasks=4"]
     assert main([*arguments, "--device=cpu"]) == 0
-    assert capsys.readouterr().out.startswith("3-way 1-shot, 4 test tasks of ")
+    assert capsys.readouterr().out.startswith(f"3-way 1-shot, 4 test tasks of {data} (imported weights): ")
+    for command in (["evaluate"], ["embed", f"--output={tmp_path / 'features'}"]):
+        file = output if command == ["evaluate"] else frozen
+        assert main([*command, f"--checkpoint={file}", "--device=cpu"]) == 2
+        says = f"{file}: was imported, and does not know its images; name them with --data\n"
+        assert capsys.readouterr().err == f"mtl-fast: error: {says}"
 
 
 @pytest.mark.filterwarnings("ignore:norm 'episode'")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mtl_fast.config import EncoderConfig
+from mtl_fast.data import load_split
 from mtl_fast.errors import InputError
 from mtl_fast.nn import Conv4, LinearHead, ResNet12, ResNet25
 from mtl_fast.random_streams import RandomStreams
 from mtl_fast.training import checkpoint
 from mtl_fast.training.models import (
+    Model,
     architecture,
     build_encoder,
     device_of,
@@ -23,9 +26,11 @@ from mtl_fast.training.models import (
     load_model,
     load_weights,
     new_head,
+    split_for,
     square_size,
     weights_of,
 )
+from tests.data.copies import TIERED_IMAGES, TIERED_LABELS, cub, tiered
 from tests.training import tiny
 from tests.training.tiny import CONFIG
 
@@ -256,6 +261,59 @@ def test_files_that_are_no_such_model_are_named(pretrained: Path, meta_trained: 
     (tmp_path / "model.safetensors").write_bytes(payload[: len(payload) // 2])
     with pytest.raises(InputError, match="cut short"):
         load_model(tmp_path)
+
+
+def trained_on(folder: Path, **data: Any) -> Model:
+    """A model whose images came from elsewhere, or were read otherwise."""
+    model = load_model(folder)
+    return replace(model, config=replace(CONFIG, data=replace(CONFIG.data, **data)))
+
+
+def test_other_data_are_cropped_to_their_boxes_as_those_of_training(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained_on(pretrained, crop_to_box=True)
+    birds = cub(tmp_path)
+    found = split_for(model, str(birds), "test").images
+    assert torch.equal(found, load_split(birds, "test", 16, crop_to_box=True).images)
+    assert not torch.equal(found, load_split(birds, "test", 16).images)
+    assert capsys.readouterr().err == ""
+    folders = tiny.write_class_folders(tmp_path / "folders")
+    for data in (str(folders), "glyphs"):
+        assert torch.equal(split_for(model, data, "test").images, load_split(data, "test", 16).images)
+        assert capsys.readouterr().err == (
+            f"{data}: has no boxes; {model.path} was trained on crops to boxes, and sees whole images here\n"
+        )
+
+
+def test_other_data_are_read_in_the_channel_order_of_training(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained_on(pretrained, channel_order="rgb")
+    arrays = tiered(tmp_path / "arrays", TIERED_IMAGES, TIERED_LABELS, "test")
+    found = split_for(model, str(arrays), "test").images
+    assert torch.equal(found, load_split(arrays, "test", 16, channel_order="rgb").images)
+    assert capsys.readouterr().err == f"{arrays}: is read as RGB, as {model.path} was trained\n"
+    folders = tiny.write_class_folders(tmp_path / "folders")
+    assert torch.equal(split_for(model, str(folders), "test").images, load_split(folders, "test", 16).images)
+    assert capsys.readouterr().err == (
+        f"{folders}: tells its channel order; the RGB of {model.path} is not applied\n"
+    )
+
+
+def test_data_of_training_that_are_not_here_are_named_as_the_model_s(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = trained_on(pretrained, source="birds")
+    with pytest.raises(InputError) as caught:
+        split_for(model, None, "test")
+    assert str(caught.value) == (
+        f"{model.path}: was trained on birds, where nothing is from here; name its images with --data"
+    )
+    (tmp_path / "birds").mkdir()
+    with pytest.raises(InputError, match="birds: holds nothing, which is no data set"):
+        split_for(model, None, "test")
 
 
 def test_a_model_file_says_where_it_comes_from(meta_trained: Path) -> None:

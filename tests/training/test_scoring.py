@@ -272,5 +272,5 @@ def test_the_commands_embed_test_and_share(
         assert main([*test, f"--shard={shard}"]) == 0
         assert f"tasks of {file} (shard {shard}): " in capsys.readouterr().out
     assert main([*test, "--resume"]) == 0
-    assert capsys.readouterr().out == of_images.replace(" tasks:", f" tasks of {file}:")
+    assert capsys.readouterr().out == of_images.replace(" tasks of tiny:", f" tasks of {file}:")
     assert names(tmp_path / "test") == FINISHED
