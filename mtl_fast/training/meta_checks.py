@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..config import Config, MetaConfig
 from ..errors import InputError
 from .models import Model
@@ -46,9 +48,14 @@ def check_normalisation(config: Config, pretrained: Model) -> None:
     """Images enter the network as they did in its pre-training.
 
     Raises:
-        InputError: mean, standard deviation or the central square differ.
+        InputError: mean, standard deviation or the central square differ, or crops to boxes or the channel order of
+            the same data.
     """
-    for name in ("mean", "std", "centre_crop"):
+    names = ["mean", "std", "centre_crop"]
+    # Other data have other options; how imported weights' images were read is not known.
+    if not pretrained.is_imported and _same_place(pretrained.config.data.source, config.data.source):
+        names += ["crop_to_box", "channel_order"]
+    for name in names:
         there, here = (
             " ".join(map(str, value)) if isinstance(value := getattr(data, name), tuple) else str(value)
             for data in (pretrained.config.data, config.data)
@@ -58,6 +65,10 @@ def check_normalisation(config: Config, pretrained: Model) -> None:
                 f"{pretrained.path}: was pre-trained with --data.{name.replace('_', '-')} {there}, not {here}; give the "
                 "same, or the same --preset"
             )
+
+
+def _same_place(a: str, b: str) -> bool:
+    return a == b or os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
 
 
 def check_statistics(meta: MetaConfig, pretrained: Model) -> None:

@@ -35,6 +35,14 @@ from tests.training.tiny import CONFIG
             "pre-trained with --data.mean 127.5 127.5 127.5, not 0.0 0.0 0.0",
         ),
         (replace(CONFIG, data=replace(CONFIG.data, std=(64.0, 64.0, 1.0))), "--data.std 64.0 64.0 64.0"),
+        (
+            replace(CONFIG, data=replace(CONFIG.data, crop_to_box=True)),
+            "pre-trained with --data.crop-to-box False, not True",
+        ),
+        (
+            replace(CONFIG, data=replace(CONFIG.data, source="./tiny", channel_order="bgr")),
+            "pre-trained with --data.channel-order auto, not bgr",
+        ),
     ],
 )
 def test_an_encoder_of_another_run_is_named(
@@ -45,6 +53,17 @@ def test_an_encoder_of_another_run_is_named(
     assert str(pretrained / "model.safetensors") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_options_of_other_data_and_of_imported_weights_are_their_own(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    cropped = replace(CONFIG, data=replace(CONFIG.data, crop_to_box=True))
+    elsewhere = replace(cropped, data=replace(cropped.data, source="birds"))
+    tiny.meta_training(tmp_path / "elsewhere", pretrained, elsewhere)
+    model = load_model(pretrained)
+    imported = replace(model, meta=model.meta | {"imported": {"format": "pytorch", "files": []}})
+    MetaTraining(cropped, imported, tmp_path / "imported", **tiny.splits())
 
 
 def test_images_of_another_size_are_named(pretrained: Path, tmp_path: Path) -> None:
