@@ -60,13 +60,15 @@ def _data_sets() -> str:
     rows = []
     for name, (_, config) in RECIPES.items():
         changes = [different_settings(config, preset(name, data)) for data in DATA]
+        for change in changes:
+            del change["data.source"]  # the name of the data set
         rows.append(
             [name, *("; ".join(f"{k} {_text(v)}" for k, (_, v) in c.items()) or "as it is" for c in changes)]
         )
     return (
         "With the name of a data set behind it, such as tensorflow-fc100, a recipe also brings images to its size; "
-        "--episodes.n-shot\nmakes any of them 5- or 10-shot. --data.source says where the images are.\n\n"
-        + grid(["recipe", *(f"-{data}" for data in DATA)], rows, "plain")
+        "--episodes.n-shot\nmakes any of them 5- or 10-shot. --data.source says where the images are, by default in a "
+        "folder of that name.\n\n" + grid(["recipe", *(f"-{data}" for data in DATA)], rows, "plain")
     )
 
 

@@ -14,6 +14,7 @@ QUICK = "--preset glyphs-quick --output out"
 COMMANDS = {
     "pretrain --output out --preset papper": "preset 'papper' is unknown; choose one of: paper",
     "pretrain --output out --data.source nowhere": "nowhere: no such folder or file; name where the images are",
+    "pretrain --output out --preset tensorflow-fc100": "fc100: no such folder or file; name where the images are with",
     "pretrain --output out --data.source empty": "empty: holds nothing, which is no data set",
     "pretrain --output out --data.source text": "text: a file that shows no format",
     "pretrain --output out --data.source half": "half/train: holds nothing; expected {train,val,test}",

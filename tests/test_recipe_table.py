@@ -45,7 +45,10 @@ def test_json_holds_all_settings_and_both_values(capsys: pytest.CaptureFixture[s
         assert Config.from_dict(entry["settings"]) == preset(name)
         assert entry["description"]
     assert found["maml"]["differences"]["inner.lr"] == {"paper": 0.05, "here": 0.01}
-    assert found["paper-fc100"]["differences"] == {"data.image_size": {"paper": None, "here": 32}}
+    assert found["paper-fc100"]["differences"] == {
+        "data.source": {"paper": "glyphs", "here": "fc100"},
+        "data.image_size": {"paper": None, "here": 32},
+    }
     assert main(["presets", "tensorflow-fc100", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["tensorflow-fc100"]
 

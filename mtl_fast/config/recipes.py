@@ -196,15 +196,18 @@ RECIPES: dict[str, tuple[str, Config]] = {
 DATA = {"miniimagenet": 84, "fc100": 32, "tieredimagenet": 84}
 
 
-def _on(config: Config, side: int) -> Config:
-    """A recipe on images of that side, unless it brings all images to a size of its own."""
-    return replace(config, data=replace(config.data, image_size=config.data.image_size or side))
+def _on(config: Config, data: str, side: int) -> Config:
+    """A recipe on that data set's images, of that side unless it brings all images to a size of its own.
+
+    Until its source is named, the folder of its name is looked for: nobody trains on Glyphs by mistake.
+    """
+    return replace(config, data=replace(config.data, source=data, image_size=config.data.image_size or side))
 
 
 PRESETS: dict[str, Config] = {
     **{name: config for name, (_, config) in RECIPES.items()},
     **{
-        f"{name}-{data}": _on(config, side)
+        f"{name}-{data}": _on(config, data, side)
         for name, (_, config) in RECIPES.items()
         for data, side in DATA.items()
     },
@@ -221,7 +224,7 @@ def preset(name: str, data: str | None = None, n_shot: int | None = None) -> Con
     Args:
         name: such as ``tensorflow``, or with its data set ``tensorflow-fc100``.
         data: ``miniimagenet``, ``fc100`` or ``tieredimagenet``, where `name` names none. It sets the size of the
-            images; where they are is the user's to say. None: as `name` says.
+            images; where they are is the user's to say, by default in a folder of that name. None: as `name` says.
         n_shot: support images a class; None: 1.
 
     Raises:
