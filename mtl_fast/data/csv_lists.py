@@ -60,8 +60,10 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
                     f"{path}: the first line is {held!r}, expected filename,label or class_name,image_name"
                 )
             # A row may have too few cells.
-            cells = ((reader.line_num, *((row[column] or "").strip() for column in wanted)) for row in reader)
-            rows = [(line, name, label) for line, name, label in cells]
+            name, label = wanted
+            rows = [
+                (reader.line_num, (row[name] or "").strip(), (row[label] or "").strip()) for row in reader
+            ]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
