@@ -13,7 +13,8 @@ from mtl_fast.data.pixels import SUFFIXES, Encoded
 from mtl_fast.data.reading import tell
 from mtl_fast.errors import InputError
 
-IN_A_CLASS = f"<class>/*.{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}"
+KINDS = f"*.{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}"
+IN_A_CLASS = f"<class>/{KINDS}"
 # Images too, which nobody should miss without a word.
 _UNREAD = (
     ".tif",
@@ -97,7 +98,9 @@ def sorted_images(folder: Path, layout: str, *, leave_out: Collection[Path] = ()
     return found
 
 
-def tell_of_left_out(folder: Path, stray: Sequence[Path], unread: Sequence[Path]) -> None:
+def tell_of_left_out(
+    folder: Path, stray: Sequence[Path], unread: Sequence[Path], expected: str = IN_A_CLASS
+) -> None:
     """Says once what lies in `folder` and is not taken: images in no class, and what `unread_of` finds."""
     parts = []
     if stray:
@@ -105,7 +108,7 @@ def tell_of_left_out(folder: Path, stray: Sequence[Path], unread: Sequence[Path]
     if unread:
         parts.append(f"{_counted(unread)}, such as {unread[0]}")
     if parts:
-        tell(f"{folder}: left out: {'; '.join(parts)}; what is read is {IN_A_CLASS}")
+        tell(f"{folder}: left out: {'; '.join(parts)}; what is read is {expected}")
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mtl_fast.data.class_folders import (
     IN_A_CLASS,
+    KINDS,
     files_below,
     images_of,
     sorted_images,
@@ -40,7 +41,7 @@ class SupportFolder:
     def find(
         cls, support: str | Path, images: str | Path | None = None, *, written: Path | None = None
     ) -> SupportFolder:
-        """Looks for examples and for images to label; says on the error stream which images are neither.
+        """Looks for examples and for images to label; what is neither is counted on the error stream.
 
         Args:
             support: a folder of class folders, any number of examples each.
@@ -72,10 +73,11 @@ class SupportFolder:
         others = {file.resolve() for file in known}
         unsorted = [file for file in unsorted if file.resolve() not in others]
         taken = others | {file.resolve() for file in unsorted}
-        stray = [file for file in (*found.loose, *found.deeper) if file.resolve() not in taken]
+        # Those beside the class folders are no examples that somebody misses.
+        stray = [file for file in found.deeper if file.resolve() not in taken]
         tell_of_left_out(folder, stray, found.unread)
         told = {file.absolute() for file in found.unread}  # one folder may lie in the other
-        tell_of_left_out(root, [], [file for file in unread if file.absolute() not in told])
+        tell_of_left_out(root, [], [file for file in unread if file.absolute() not in told], KINDS)
         if len(found.classes) < 2:
             only = next(iter(found.classes))
             raise InputError(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mtl_fast.data.reading import tell
 from mtl_fast.data.support_folder import SupportFolder, read_images
 from mtl_fast.errors import InputError
 from tests.data.cases import encoded, picture, write
@@ -76,32 +77,26 @@ def test_what_an_earlier_run_wrote_is_no_image_and_no_class(root: Path, output: 
     assert same()
 
 
-def test_what_is_neither_an_example_nor_to_label_is_told(
+def test_what_is_neither_an_example_nor_to_label_is_counted(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     SupportFolder.find(root / "s")
+    SupportFolder.find(root / "s", root / "q")
     assert capsys.readouterr().err == ""
     for name in ("s/ant/old/4.png", "s/bee/2.tif", "q/deep/4.heic"):
         write(root / name, picture())
-    read = "what is read is <class>/*.{jpg,jpeg,png,webp,gif,bmp}\n"
-    unread = f"1× .tif, such as {root / 's/bee/2.tif'}"
-    for images, n, first, rest in (
-        (None, 1, "s/ant/old/4.png", ""),
-        (
-            root / "q",
-            3,
-            "s/a.png",
-            f"{root / 'q'}: left out: 1× .heic, such as {root / 'q/deep/4.heic'}; {read}",
-        ),
+    kinds = "*.{jpg,jpeg,png,webp,gif,bmp}"
+    stray = f"1 images in no class folder, such as {root / 's/ant/old/4.png'}; "
+    tif = f"1× .tif, such as {root / 's/bee/2.tif'}; what is read is <class>/{kinds}\n"
+    heic = f"left out: 1× .heic, such as {root / 'q/deep/4.heic'}; what is read is {kinds}\n"
+    for images, expected in (
+        (None, f"{root / 's'}: left out: {stray}{tif}"),
+        (root / "q", f"{root / 's'}: left out: {stray}{tif}{root / 'q'}: {heic}"),
+        (root, f"{root / 's'}: left out: {tif}{root}: {heic}"),  # the example that lies deeper is labelled
     ):
-        SupportFolder.find(root / "s", images, written=root / "s/predictions.png")
-        stray = (
-            f"{root / 's'}: left out: {n} images in no class folder, such as {root / first}; {unread}; {read}"
-        )
-        assert capsys.readouterr().err == stray + rest
-    SupportFolder.find(root / "s", root)
-    rest = f"1× .heic, such as {root / 'q/deep/4.heic'}; {read}"
-    assert capsys.readouterr().err == f"{root / 's'}: left out: {unread}; {read}{root}: left out: {rest}"
+        tell.cache_clear()
+        SupportFolder.find(root / "s", images)
+        assert capsys.readouterr().err == expected
 
 
 def refused(*arguments: Any) -> str:
