@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mtl_fast.data import is_glyphs, load_split
 from mtl_fast.data.dataset import SPLITS, DataSet, ImageFiles, Options
-from mtl_fast.data.pixels import size_of
+from mtl_fast.data.pixels import no_word_of_exif, size_of
 from mtl_fast.data.reading import read_split
 from mtl_fast.data.recognise import recognise
 from mtl_fast.data.store import ImageStore
@@ -163,6 +163,7 @@ def channel_statistics(
     return (r, g, b), (s, t, u)
 
 
+@no_word_of_exif()
 def _sizes(data: DataSet, split: str) -> Counter[tuple[int, int]]:
     """Sizes of images that are files of their own, from their headers; of others the store tells, and this is empty."""
     if not isinstance(data, ImageFiles):

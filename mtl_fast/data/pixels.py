@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +60,15 @@ class Encoded:
     as_stored: bool = False
 
 
+@contextmanager
+def no_word_of_exif() -> Iterator[None]:
+    """Pillow warns of damaged EXIF, which is no damage to an image."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data")
+        yield
+
+
+@no_word_of_exif()
 def decode_images(
     sources: Sequence[Encoded], image_size: int | None, n_workers: int | None, description: str
 ) -> NDArray[np.uint8]:
