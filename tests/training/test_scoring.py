@@ -182,7 +182,7 @@ def test_shards_in_any_order_and_number_give_the_whole(model: Path, tmp_path: Pa
     for shard in ("3/3", "1/3"):
         part = run(model, tmp_path, shard=shard)
         lengths.append(len(part.task_accuracy))
-        assert f"test tasks (shard {shard}): " in str(part)
+        assert f"test tasks of tiny (shard {shard}): " in str(part)
     assert lengths == [8, 5]
     assert same(run(model, tmp_path, shard="2/3"), replace(expected, **slices(expected, 5, 15)))
     assert "evaluation.json" not in names(tmp_path)
