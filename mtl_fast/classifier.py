@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import Config
-from .data.arrays import Layout, code_labels
+from .data.arrays import Layout, as_tensor, code_labels
 from .data.store import ImageStore
 from .engine.base import require_evaluation_mode
 from .engine.evaluate import embed_rows
@@ -24,6 +24,8 @@ from .nn.encoder import Encoder
 from .nn.linear_head import LinearHead
 from .ops.base_learner import fit_heads
 from .training.models import device_of, load_model, preprocess_of
+
+Size = tuple[int, int]  # height and width
 
 
 class FewShotClassifier:
@@ -44,7 +46,7 @@ class FewShotClassifier:
         encoder: Θ with Φ, in evaluation mode; None for features only.
         head: θ, or None.
         preprocess: how images were normalised in training.
-        image_size: refuse images of another height or width; None takes any.
+        image_size: refuse images of another height or width; None takes any in `fit`, and then only such in `predict`.
         layout: ``HWC`` or ``CHW``, where the shape leaves it open.
         inner_lr, inner_steps: of the inner loop.
         images_per_chunk: images embedded together.
@@ -58,6 +60,7 @@ class FewShotClassifier:
     classes_: NDArray[Any]
     weight_: Tensor
     bias_: Tensor
+    _fitted_size: Size | None = None
 
     def __init__(
         self,
@@ -128,7 +131,7 @@ class FewShotClassifier:
             raise InputError(f"labels: {len(codes)} for {len(support)} images; give one each")
         if len(values) == 1:
             raise InputError(f"labels: all are {values[0]!r}; there must be at least two classes")
-        features = self._features(support)
+        features, size = self._features(support, None)
         weight, bias = self._start(len(values), features)
         weights, biases = fit_heads(
             features[None],
@@ -141,7 +144,7 @@ class FewShotClassifier:
             backend=self.backend,
         )
         self.weight_, self.bias_ = weights[0].clone(), biases[0].clone()
-        self.classes_ = _array(values)
+        self.classes_, self._fitted_size = _array(values), size
         return self
 
     def predict(self, query: Any) -> NDArray[Any]:
@@ -154,15 +157,17 @@ class FewShotClassifier:
         return self.classes_[logits.argmax(dim=1).cpu().numpy()]
 
     def predict_proba(self, query: Any) -> NDArray[Any]:
-        """The probability of each class, [M, C], columns as `classes_`; errors as `predict`."""
-        return self._logits(query).softmax(dim=1).cpu().numpy()
+        """The probability of each class, [M, C], columns as `classes_`; at least float32; errors as `predict`."""
+        logits = self._logits(query)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # NumPy has no bfloat16
+        return logits.to(wide).softmax(dim=1).cpu().numpy()
 
     @torch.no_grad()
     def _logits(self, query: Any) -> Tensor:
         """[M, C]"""
         if not hasattr(self, "weight_"):
             raise InputError("FewShotClassifier: is not fitted yet; call fit(support, labels) first")
-        features = self._features(query)
+        features, _ = self._features(query, self._fitted_size)
         if features.shape[1] != self.weight_.shape[1]:
             raise InputError(
                 f"features: have width {features.shape[1]}, those of fit had {self.weight_.shape[1]}"
@@ -175,52 +180,72 @@ class FewShotClassifier:
             return self.head.weight, self.head.bias
         return features.new_zeros(n_classes, features.shape[1]), features.new_zeros(n_classes)
 
-    def _features(self, images: Any) -> Tensor:
-        """[N, D] of images or features."""
+    def _features(self, images: Any, size: Size | None) -> tuple[Tensor, Size | None]:
+        """[N, D] of images or features, and the images' height and width, which must be `size` if that is given."""
         if len(images) == 0:
             raise InputError("images: there are none")
         parameter = next(
             (p for m in (self.encoder, self.head) if m is not None for p in m.parameters()), None
         )
-        n_dimensions = images.ndim if isinstance(images, (Tensor, np.ndarray)) else None
-        if n_dimensions == 2:
-            features = torch.as_tensor(images)
+        shape = list(images.shape) if isinstance(images, (Tensor, np.ndarray)) else []
+        if len(shape) == 2:
+            features = as_tensor(images)
             if not features.is_floating_point():
                 raise InputError(f"features: [N, D] must be floating, got {features.dtype}")
-            return features.detach() if parameter is None else features.detach().to(parameter)
+            return (features if parameter is None else features.to(parameter)), size
         if self.encoder is None:
             raise InputError(
                 "images: this classifier has no encoder; give features, an array or a tensor [N, D]"
             )
-        assert parameter is not None
-        starts = range(0, len(images), self.images_per_chunk)
-        chunks = (images[start : start + self.images_per_chunk] for start in starts)
-        return torch.cat([self._embed(self.encoder, chunk, parameter) for chunk in chunks])
+        if len(shape) == 3 and shape[2] == 3 and self.layout is None:
+            raise InputError(
+                f"images: {shape} is a single one; give [N, H, W, 3] (images[None]), or say layout='HWC' if it is "
+                f"{shape[0]} grey ones"
+            )
+        chunks = []
+        for start in range(0, len(images), self.images_per_chunk):
+            chunk = images[start : start + self.images_per_chunk]
+            features, size = self._embed(self.encoder, chunk, parameter, size)
+            chunks.append(features)
+        return torch.cat(chunks), size
 
-    def _embed(self, encoder: Encoder, images: Any, parameter: Tensor) -> Tensor:
-        """[N, D] of the images of one chunk."""
+    def _embed(
+        self, encoder: Encoder, images: Any, parameter: Tensor | None, size: Size | None
+    ) -> tuple[Tensor, Size]:
+        """[N, D] of the images of one chunk, and their size."""
         if self.preprocess is None:
             if not isinstance(images, (Tensor, np.ndarray)) or images.ndim != 4:
                 raise InputError("images: without preprocess, give an array or a tensor [N, 3, H, W]")
-            inputs = torch.as_tensor(images)
+            inputs = as_tensor(images)
             if not inputs.is_floating_point():
                 raise InputError(
                     f"images: are {inputs.dtype}; an encoder takes floating ones, or give preprocess=Preprocess(…)"
                 )
-            self._check_size(*inputs.shape[2:])
+            found = self._checked_size(inputs.shape[2:], size)
             require_evaluation_mode(encoder)
-            return encoder.embed(inputs.to(parameter)).features
-        store = ImageStore.from_arrays(images, [0] * len(images), layout=self.layout).to(parameter.device)
-        self._check_size(*store.image_size)
+            return encoder.embed(inputs if parameter is None else inputs.to(parameter)).features, found
+        store = ImageStore.from_arrays(images, [0] * len(images), layout=self.layout)
+        found = self._checked_size(store.image_size, size)
+        if parameter is not None:
+            store = store.to(parameter.device)
         rows = torch.arange(store.n_images, device=store.device)
-        return embed_rows(encoder, store, rows, self.preprocess, images_per_chunk=self.images_per_chunk)
+        features = embed_rows(encoder, store, rows, self.preprocess, images_per_chunk=self.images_per_chunk)
+        return features, found
 
-    def _check_size(self, height: int, width: int) -> None:
+    def _checked_size(self, found: Sequence[int], size: Size | None) -> Size:
+        """Height and width of images; they must be the model's, or else those that came before."""
+        height, width = found
         if self.image_size is not None and (height, width) != (self.image_size, self.image_size):
             raise InputError(
                 f"images: are {width}×{height} pixels, the model takes {self.image_size}×{self.image_size}; "
                 "resize them as in training"
             )
+        if size is not None and (height, width) != size:
+            raise InputError(
+                f"images: are {width}×{height} pixels, those before them (of fit) {size[1]}×{size[0]}; resize them "
+                "to one size"
+            )
+        return height, width
 
 
 def _array(values: tuple[Hashable, ...]) -> NDArray[Any]:

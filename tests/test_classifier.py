@@ -14,7 +14,7 @@ from mtl_fast import FewShotClassifier
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import Preprocess, embed_rows, evaluate
 from mtl_fast.errors import InputError
-from mtl_fast.nn import LinearHead, NetworkEncoder, convert
+from mtl_fast.nn import Embeddings, Encoder, LinearHead, NetworkEncoder, convert
 from mtl_fast.training.meta_train import MetaTraining
 from mtl_fast.training.models import load_model
 from tests.conv_cases import assert_near
@@ -137,6 +137,83 @@ def test_normalised_images_and_features_go_around_preprocess(small_store: ImageS
     embedded = make_encoder().embed(inputs).features
     found = of_images().fit(embedded[:7], LABELS).predict_proba(embedded[7:].detach().float())
     assert_near(torch.from_numpy(found), torch.from_numpy(expected), 100 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_probabilities_of_half_precision_are_float32(dtype: torch.dtype) -> None:
+    support, query = features(7).to(dtype), features(20, seed=2).to(dtype)
+    classifier = FewShotClassifier(inner_lr=0.3, inner_steps=12).fit(support, LABELS)
+    found = torch.from_numpy(classifier.predict_proba(query))
+    assert found.dtype == torch.float32
+    assert_near(found.sum(dim=1), torch.ones(20), 4 * torch.finfo(torch.float32).eps)
+    expected = expected_logits(support.double(), LABELS, query.double(), None).softmax(dim=1)
+    # θ', six products and the logits are rounded to the dtype.
+    assert_near(found.double(), expected, 8 * 6**0.5 * torch.finfo(dtype).eps)
+    assert classifier.predict(query).tolist() == [ORDER[i] for i in found.argmax(dim=1)]
+    encoder = make_encoder(dtype=dtype)
+    inputs = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert FewShotClassifier(encoder).fit(inputs, LABELS).predict_proba(inputs).dtype == np.float32
+
+
+def test_arrays_of_any_memory(small_store: ImageStore) -> None:
+    """Backward strides, read-only memory and foreign byte order, which PyTorch takes none of."""
+    inputs = images(small_store, torch.arange(12), torch.float64).numpy()
+    embedded = features(12).numpy()
+    for classifier, given in ((of_images(preprocess=None), inputs), (FewShotClassifier(), embedded)):
+        expected = classifier.fit(given[:7], LABELS).predict_proba(given[7:])
+        backward, foreign = given[::-1].copy()[::-1], given.astype(">f8")
+        foreign.flags.writeable = False
+        for other in (backward, foreign):
+            assert np.array_equal(classifier.fit(other[:7], LABELS).predict_proba(other[7:]), expected)
+
+
+class Pixels(Encoder):
+    """All pixels as features; no parameter."""
+
+    feature_dim = 3 * 16 * 16
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        return Embeddings(images.flatten(1), [])
+
+
+def test_an_encoder_without_parameters(small_store: ImageStore) -> None:
+    inputs = images(small_store, torch.arange(12), torch.float32)
+    expected = FewShotClassifier().fit(inputs.flatten(1)[:7], LABELS).predict_proba(inputs.flatten(1)[7:])
+    for preprocess, given in ((None, inputs), (PREPROCESS, small_store.images[:12])):
+        classifier = FewShotClassifier(Pixels(), preprocess=preprocess).fit(given[:7], LABELS)
+        found = torch.from_numpy(classifier.predict_proba(given[7:]))
+        # 768 features of a hundred steps; the pixels' normalisation rounds in another order.
+        assert_near(found, torch.from_numpy(expected), 100 * 768**0.5 * torch.finfo(torch.float32).eps)
+
+
+def test_images_of_predict_are_of_the_size_of_fit(small_store: ImageStore) -> None:
+    pixels, inputs = small_store.images[:12], images(small_store, torch.arange(12), torch.float64)
+    for options, form, tall in (
+        ({}, pixels, pixels.repeat(1, 2, 1, 1)),
+        ({"preprocess": None}, inputs, inputs.repeat(1, 1, 2, 1)),
+    ):
+        classifier = of_images(images_per_chunk=2, **options).fit(form[:7], LABELS)
+        with pytest.raises(
+            InputError, match=r"images: are 16×32 pixels, those before them \(of fit\) 16×16; resize"
+        ):
+            classifier.predict(tall[7:])
+        assert len(classifier.predict(form[7:])) == 5
+        assert len(classifier.fit(tall[:7], LABELS).predict(tall[7:])) == 5
+    with pytest.raises(InputError, match="images: are 16×32 pixels, those before them"):
+        of_images(images_per_chunk=5).fit([*pixels[:5], *pixels[5:7].repeat(1, 2, 1, 1)], LABELS)
+
+
+def test_a_single_image_is_no_batch(small_store: ImageStore) -> None:
+    pixels = small_store.images[:8]
+    classifier = of_images().fit(pixels[:7], LABELS)
+    with pytest.raises(InputError, match=r"images: \[16, 16, 3\] is a single one; give \[N, H, W, 3\]"):
+        classifier.predict(pixels[7])
+    assert len(classifier.predict(pixels[7][None])) == 1
+    classifier.layout = "HWC"
+    with pytest.raises(InputError, match="images: are 3×16 pixels, those before them"):
+        classifier.predict(pixels[7])
+    grey = of_images().fit(pixels[:7, :, :, 0], LABELS)
+    assert len(grey.predict(pixels[:, :, :, 0])) == 8
 
 
 def test_a_user_s_network_without_a_head() -> None:

@@ -120,10 +120,10 @@ def pairs_of(dataset: Any) -> tuple[list[Any], list[Any]]:
 def _batch(images: Any) -> Tensor:
     """[N, ...] of any of the forms that `uint8_images` takes."""
     if isinstance(images, (Tensor, np.ndarray)):
-        return _tensor(images)
+        return as_tensor(images)
     if isinstance(images, (str, bytes)) or not isinstance(images, Iterable):
         raise InputError(f"images: a {type(images).__name__} holds none; give an array, a tensor or a list")
-    each = [_tensor(image) for image in images]
+    each = [as_tensor(image) for image in images]
     for i, image in enumerate(each):
         if (image.shape, image.dtype) != (each[0].shape, each[0].dtype):
             raise InputError(
@@ -133,7 +133,7 @@ def _batch(images: Any) -> Tensor:
     return torch.stack(each) if each else torch.empty(0)
 
 
-def _tensor(image: Any) -> Tensor:
+def as_tensor(image: Any) -> Tensor:
     """A tensor of an array, a tensor or a PIL image; without a copy where that is possible."""
     if isinstance(image, Tensor):
         return image.detach()

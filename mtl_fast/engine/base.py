@@ -49,6 +49,11 @@ def require_evaluation_mode(encoder: Encoder) -> None:
         )
 
 
+def a_parameter(encoder: Encoder, device: torch.device) -> Tensor:
+    """One of its parameters, for dtype and device; for an encoder that has none an empty float32 tensor on `device`."""
+    return next(encoder.parameters(), torch.empty(0, device=device))
+
+
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     """All rows of some tensors; those of the only one that has any are not copied."""
     filled = [part for part in parts if len(part)]

@@ -15,7 +15,7 @@ from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
 from ..ops.base_learner import base_learner, query_logits_by_step
-from .base import NormMode, require_evaluation_mode
+from .base import NormMode, a_parameter, require_evaluation_mode
 from .inner_loops import evaluate_all_weights
 from .inputs import Preprocess
 from .ranks import ALONE, Ranks
@@ -55,7 +55,7 @@ def embed_rows(
     """
     require_evaluation_mode(encoder)
     weights = encoder.refresh()
-    parameter = next(encoder.parameters())
+    parameter = a_parameter(encoder, rows.device)
     own = ranks.share(len(rows), images_per_chunk)
     features = [parameter.new_empty(0, encoder.feature_dim)]
     for start in range(own.start, own.stop, images_per_chunk):
@@ -211,7 +211,7 @@ def _embed_apart(
     support, mirrored, query = episodes.support, None, episodes.query
     if mirror_support:
         support, mirrored = with_mirrored(support)
-    dtype = next(encoder.parameters()).dtype
+    dtype = a_parameter(encoder, support.device).dtype
     features = [
         encoder.embed(
             preprocess(store, rows.flatten(), dtype, flip), n_groups=episodes.n_tasks, weights=weights

@@ -130,6 +130,40 @@ def test_episode_norm_embeds_whole_tasks_a_chunk_at_a_time(small_store: ImageSto
         assert torch.equal(out.predictions, expected)
 
 
+class Pixels(Encoder):
+    """All pixels as features; no parameter."""
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        return Embeddings(images.flatten(1), [])
+
+
+@by_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_an_encoder_without_parameters(small_store: ImageStore, norm: str, dtype: torch.dtype) -> None:
+    encoder = Pixels(small_store.images[0].numel())
+    head = LinearHead(encoder.feature_dim, 3, init="zeros").to(dtype)
+    episodes = tasks(small_store, 4)
+    found = evaluate(
+        encoder, head, small_store, episodes, PREPROCESS, norm=norm, inner_lr=1e-3, inner_steps=20
+    )
+    logits = []
+    for t in range(4):
+        support, query = (
+            images(small_store, rows[t], torch.float64).flatten(1)
+            for rows in (episodes.support, episodes.query)
+        )
+        start = head.weight.double(), head.bias.double()
+        w, b = fitted(support, episodes.support_labels[t], *start, 1e-3, 20, "first")
+        logits.append((query @ w.T + b).detach())
+    best = torch.stack(logits).topk(2, dim=2).values
+    assert float((best[..., 0] - best[..., 1]).min()) > 1e-3  # nothing here hangs by a rounding
+    assert torch.equal(found.predictions, torch.stack(logits).argmax(dim=2))
+
+
 @by_norm
 def test_batches_of_tasks_change_nothing(small_store: ImageStore, norm: str) -> None:
     engine, episodes = make_engine(small_store), tasks(small_store, 7)
