@@ -21,14 +21,18 @@ def _one_after_the_other(x: Tensor, n_tasks: int) -> Tensor:
 
 
 def _normalised(z: Tensor, norm: ChannelNorm, n_tasks: int, stored: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """[n, T·C, H, W] with γ and β [T, C] → the same shape; mean and biased variance [T·C] that were used."""
-    weight, bias = (None if v is None else v.flatten() for v in (norm.weight, norm.bias))
+    """[n, T·C, H, W] with γ and β [T, C] → the same shape; mean and biased variance [T·C] that were used.
+
+    At least in float32: under autocast z is of half precision, and γ and β are not.
+    """
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    weight, bias = (None if v is None else v.flatten().to(z.dtype) for v in (norm.weight, norm.bias))
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # batch_norm's second derivative forgets β where there is no γ
     if stored:
         assert norm.mean is not None
         assert norm.var is not None
-        mean, var = norm.mean.repeat(n_tasks), norm.var.repeat(n_tasks)
+        mean, var = (v.to(z.dtype).repeat(n_tasks) for v in (norm.mean, norm.var))
         return F.batch_norm(z, mean, var, weight, bias, eps=norm.eps), mean, var
     mean, var = z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
     # With momentum 1 the kernel hands back its own mean and unbiased variance: no second pass over z.
@@ -46,6 +50,7 @@ def task_conv(
     bias = None if f.bias is None else f.bias.flatten()
     weight = f.weight.flatten(0, 1)
     z = conv2d(_side_by_side(x, n_tasks), weight, bias, f, f.groups * n_tasks)
+    dtype = z.dtype
     statistics: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
     if conv.norm is not None:
         size = len(z) * z.shape[2] * z.shape[3]
@@ -55,4 +60,5 @@ def task_conv(
             statistics = ((mean.view(n_tasks, -1), var.view(n_tasks, -1), count),)
     if residual is not None:
         residual = _side_by_side(residual, n_tasks)
-    return BlockOutput(_one_after_the_other(apply_epilogue(z, epilogue, residual), n_tasks), statistics)
+    output = apply_epilogue(z, epilogue, residual).to(dtype)
+    return BlockOutput(_one_after_the_other(output, n_tasks), statistics)

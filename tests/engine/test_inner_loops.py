@@ -214,6 +214,19 @@ def test_float32_is_near_float64(small_store: ImageStore) -> None:
     assert not mismatch(found[0], {name: behind_kinks(value, bound, 3 * 8) for name, value in wanted.items()})
 
 
+@by_norm
+@by_order
+def test_a_step_under_autocast(small_store: ImageStore, norm: str, order: str) -> None:
+    episodes, found = tasks(small_store, 4), []
+    for enabled in (False, True):
+        engine = whole_engine(small_store, norm=norm, order=order, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(engine.step(episodes).loss)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients(engine).values())
+    # Five layers of at most 45 terms, of factors in bfloat16.
+    assert_near(found[1], found[0], 5 * 45**0.5 * torch.finfo(torch.bfloat16).eps)
+
+
 def test_only_what_requires_a_gradient_gets_one_and_all_adapts(small_store: ImageStore) -> None:
     engine, other = whole_engine(small_store, norm="episode"), whole_engine(small_store, norm="episode")
     engine.encoder.requires_grad_(False)

@@ -155,6 +155,28 @@ def test_statistics_are_those_of_each_task() -> None:
     assert task_conv(x, conv, n_groups=0).statistics == ()
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["batch", "stored"])
+@pytest.mark.parametrize("affine", ["both", "bias", "none"])
+def test_under_autocast_statistics_and_norm_stay_float32(stored: bool, affine: str) -> None:
+    x, conv = case(affine=affine)
+    options = {"n_groups": 0 if stored else 3, "epilogue": EPILOGUES["relu, pool"]}
+    expected = leaves(x, conv, torch.float64)
+    found = leaves(x, conv, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, statistics = task_conv(found[0]["x"], found[1], **options)
+    wanted, exact = task_conv(expected[0]["x"], expected[1], **options)
+    # Factors and 27 products of a value are rounded to bfloat16.
+    bound = 27**0.5 * torch.finfo(torch.bfloat16).eps
+    assert y.dtype == torch.bfloat16
+    assert_near(y.detach().double(), wanted.detach(), bound)
+    for own, other in zip(statistics, exact, strict=True):
+        assert [v.dtype for v in own] == [torch.float32] * 3
+        for value, true in zip(own, other, strict=True):
+            assert_near(value.double(), true, bound)
+    y.float().square().sum().backward()
+    assert all(v.grad is not None and v.grad.dtype == torch.float32 for v in found[0].values())
+
+
 @needs_native
 @by_epilogue
 @by_shape
