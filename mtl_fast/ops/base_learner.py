@@ -35,6 +35,7 @@ and those' own derivatives go through the reference.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Literal
 
 import torch
@@ -79,7 +80,7 @@ def base_learner(
         query: embeddings [T, m, D], floating.
         weight: initial weight [C, D], shared, or [T, C, D], one per task; floating.
         bias: initial bias [C] or [T, C], as `weight`.
-        inner_lr: step size against the mean support loss, at least 0.
+        inner_lr: step size against the mean support loss, at least 0; a number, it gets no gradient.
         n_steps: number of steps, at least 0.
         order: ``"first"`` or ``"second"``, see above.
         form: ``"dual"``, ``"primal"``, or ``"auto"``: what runs fastest. In `torch` that is dual when
@@ -96,7 +97,8 @@ def base_learner(
             Labels are checked on the CPU only (on a GPU `torch` asserts on the device, as in any indexing; with
             `triton` a label out of range makes the results of its task NaN).
     """
-    _check(support, support_labels, weight, bias, inner_lr, n_steps, order, form, support_mask)
+    n_steps = check_inner_loop(inner_lr, n_steps)
+    _check(support, support_labels, weight, bias, order, form, support_mask)
     _check_query(query, support, weight)
     facts = {"support": support, "weight": weight, "others": (query, bias), "n_steps": n_steps, "form": form}
     choice = choose("base_learner", backend, **facts)
@@ -133,7 +135,8 @@ def fit_heads(
         (weight [T, C, D], bias [T, C]) after `n_steps` steps, in the dtype of `weight`. May share memory with
         the initial head when ``n_steps=0``: do not write into it.
     """
-    _check(support, support_labels, weight, bias, inner_lr, n_steps, order, form, support_mask)
+    n_steps = check_inner_loop(inner_lr, n_steps)
+    _check(support, support_labels, weight, bias, order, form, support_mask)
     facts = {"support": support, "weight": weight, "others": (bias,), "n_steps": n_steps, "form": form}
     choice = choose("base_learner", backend, **facts)
     return _IMPLEMENTATIONS[choice.backend].fit_heads(
@@ -169,7 +172,8 @@ def query_logits_by_step(
         Logits [n_steps + 1, T, m, C] in the common dtype of `query` and `weight`. Memory grows with n_steps:
         fit tasks in chunks.
     """
-    _check(support, support_labels, weight, bias, inner_lr, n_steps, "first", "dual", support_mask)
+    n_steps = check_inner_loop(inner_lr, n_steps)
+    _check(support, support_labels, weight, bias, "first", "dual", support_mask)
     _check_query(query, support, weight)
     choice = choose(
         "base_learner", backend, support=support, weight=weight, others=(query, bias), by_step=True
@@ -186,13 +190,29 @@ def query_logits_by_step(
     )
 
 
+def check_inner_loop(inner_lr: float, n_steps: int, *, name: str = "n_steps") -> int:
+    """The number of steps as an int, so of NumPy's too; `name` is what the caller calls it.
+
+    Raises:
+        TypeError: a number of steps that is no integer, or a learned step size.
+        ValueError: a negative one, or a step size that is not finite.
+    """
+    if getattr(inner_lr, "requires_grad", False):
+        raise TypeError("inner_lr: expected a number; a learned step size is not differentiated")
+    if not (math.isfinite(inner_lr) and inner_lr >= 0):
+        raise ValueError(f"inner_lr: expected a finite number, at least 0, got {inner_lr}")
+    if isinstance(n_steps, bool) or not hasattr(n_steps, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {type(n_steps).__name__}")
+    if n_steps < 0:
+        raise ValueError(f"{name}: expected at least 0, got {n_steps}")
+    return operator.index(n_steps)
+
+
 def _check(
     support: Tensor,
     support_labels: Tensor,
     weight: Tensor,
     bias: Tensor,
-    inner_lr: float,
-    n_steps: int,
     order: str,
     form: str,
     support_mask: Tensor | None,
@@ -232,12 +252,6 @@ def _check(
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         _check_device(name, tensor, support)
     _check_device("support_labels", support_labels, support)
-    if not (math.isfinite(inner_lr) and inner_lr >= 0):
-        raise ValueError(f"inner_lr: expected a finite number, at least 0, got {inner_lr}")
-    if not isinstance(n_steps, int) or isinstance(n_steps, bool):
-        raise TypeError(f"n_steps: expected an int, got {type(n_steps).__name__}")
-    if n_steps < 0:
-        raise ValueError(f"n_steps: expected at least 0, got {n_steps}")
     if order not in ("first", "second"):
         raise ValueError(f"order: expected 'first' or 'second', got {order!r}")
     if form not in ("auto", "dual", "primal"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -293,6 +294,13 @@ def test_function_transforms_and_compile(form: str, order: str) -> None:
     assert_near(compiled(p), expected, tolerance(size, 0.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_numbers_of_numpy_equal_to_the_bit(dtype: torch.dtype) -> None:
+    p = make(Size(2, 3, 4, 5, 6, 2), dtype=dtype)
+    found = fit(p, inner_lr=np.float64(0.1), n_steps=np.int64(2))
+    assert torch.equal(found, fit(p, inner_lr=0.1, n_steps=2))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -314,8 +322,14 @@ def test_function_transforms_and_compile(form: str, order: str) -> None:
         ({"query": torch.zeros(2, 5, 6, device="meta")}, ValueError, "query: is on meta"),
         ({"inner_lr": math.nan}, ValueError, "inner_lr: .*nan"),
         ({"inner_lr": -0.1}, ValueError, "inner_lr: .*-0.1"),
+        (
+            {"inner_lr": torch.tensor(0.1, requires_grad=True)},
+            TypeError,
+            "inner_lr: expected a number; a learned step size is not differentiated",
+        ),
         ({"n_steps": -1}, ValueError, "n_steps: .*-1"),
         ({"n_steps": 2.0}, TypeError, "n_steps: .*float"),
+        ({"n_steps": True}, TypeError, "n_steps: .*bool"),
         ({"order": "third"}, ValueError, "order: .*'third'"),
         ({"form": "both"}, ValueError, "form: .*'both'"),
         ({"backend": "none"}, ValueError, "base_learner: .*'none'"),
