@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder, Statistics
 from ..nn.linear_head import LinearHead
+from ..ops.base_learner import check_inner_loop
 from .inputs import Preprocess
 from .ranks import ALONE, Ranks
 from .spans import Spans
@@ -47,6 +48,19 @@ def require_evaluation_mode(encoder: Encoder) -> None:
         raise ValueError(
             f"encoder: is in training mode, with dropout {encoder.dropout}; call encoder.eval() first"
         )
+
+
+def require_norm(norm: str) -> None:
+    """A norm that none of these names would be taken for another silently."""
+    if norm not in get_args(NormMode):
+        raise ValueError(f"norm: {norm!r} is not one of {', '.join(get_args(NormMode))}")
+
+
+def require_at_least_one(**counts: int) -> None:
+    """Numbers of things that are taken together."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def a_parameter(encoder: Encoder, device: torch.device) -> Tensor:
@@ -105,12 +119,12 @@ class Engine(ABC):
     _halved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.norm not in ("frozen", "episode", "running"):
-            raise ValueError(f"norm: {self.norm!r} is not one of frozen, episode, running")
+        require_norm(self.norm)
         if self.order not in ("first", "second"):
             raise ValueError(f"order: {self.order!r} is neither first nor second")
         if self.images_per_chunk is not None and self.images_per_chunk < 1:
             raise ValueError(f"images_per_chunk: expected at least 1, or None, got {self.images_per_chunk}")
+        self.inner_steps = check_inner_loop(self.inner_lr, self.inner_steps, name="inner_steps")
 
     def step(self, episodes: Episodes) -> StepOutput:
         """Adds the gradients of the mean query loss to the parameters' `.grad`; nothing is read back.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from ..episodes import Episodes
 from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder
 from ..nn.linear_head import LinearHead
-from ..ops.base_learner import base_learner, query_logits_by_step
-from .base import NormMode, a_parameter, require_evaluation_mode
+from ..ops.base_learner import base_learner, check_inner_loop, query_logits_by_step
+from .base import NormMode, a_parameter, require_at_least_one, require_evaluation_mode, require_norm
 from .inner_loops import evaluate_all_weights
 from .inputs import Preprocess
 from .ranks import ALONE, Ranks
@@ -53,6 +53,7 @@ def embed_rows(
     Raises:
         ValueError: the encoder is in training mode and has dropout.
     """
+    require_at_least_one(images_per_chunk=images_per_chunk)
     require_evaluation_mode(encoder)
     weights = encoder.refresh()
     parameter = a_parameter(encoder, rows.device)
@@ -181,6 +182,8 @@ def embedded_parts(
     All at once with stored statistics. With `episode` norm, where no two tasks share a feature, a chunk of whole
     tasks at a time.
     """
+    require_norm(norm)
+    require_at_least_one(images_per_chunk=images_per_chunk)
     if norm != "episode" or not episodes.n_tasks:  # without a task there is nothing to embed
         yield embed_episodes(
             encoder,
@@ -236,6 +239,7 @@ def fit_and_predict(
     backend: str = "auto",
 ) -> Tensor:
     """Query logits [T, m, n_way] of θ fitted on each episode's support features, many tasks at a time."""
+    require_at_least_one(tasks_per_batch=tasks_per_batch)
     return torch.cat(
         [
             base_learner(
@@ -264,6 +268,7 @@ def fit_and_score(
 
     Ranks share out whole batches of tasks.
     """
+    require_at_least_one(tasks_per_batch=tasks_per_batch)
     n_tasks = embedded.episodes.n_tasks
     own = embedded[ranks.share(n_tasks, tasks_per_batch)]
     logits = fit_and_predict(
@@ -292,6 +297,8 @@ def accuracy_by_step(
     Memory stays bounded whatever the number of tasks and steps: fewer tasks are fitted together where logits of all
     steps would exceed 64 MiB.
     """
+    require_at_least_one(tasks_per_batch=tasks_per_batch)
+    inner_steps = check_inner_loop(inner_lr, inner_steps, name="inner_steps")
     episodes = embedded.episodes
     per_task = (inner_steps + 1) * episodes.query.shape[1] * episodes.n_way
     found = []
@@ -352,8 +359,14 @@ def evaluate(
             bit, that of one.
 
     Raises:
-        ValueError: the encoder is in training mode and has dropout.
+        ValueError: the encoder is in training mode and has dropout; a setting that is none of the above, or out of range.
+        TypeError: `inner_steps` is no integer, or `inner_lr` a learned one.
     """
+    require_norm(norm)
+    if adapt not in get_args(Adapt):
+        raise ValueError(f"adapt: {adapt!r} is neither head nor all")
+    require_at_least_one(tasks_per_batch=tasks_per_batch, images_per_chunk=images_per_chunk)
+    inner_steps = check_inner_loop(inner_lr, inner_steps, name="inner_steps")
     embed: dict[str, Any] = {"mirror_support": mirror_support, "images_per_chunk": images_per_chunk}
     if adapt == "all":
         parts: tuple[Any, ...] = (encoder, head, store, episodes, preprocess)

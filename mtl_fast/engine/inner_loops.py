@@ -8,7 +8,7 @@ fused layers where those serve (`_Network.task_by_task`). Source: arXiv 1703.034
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ from ..nn.linear_head import LinearHead
 from ..nn.network_encoder import NetworkEncoder
 from ..nn.scale_shift import interleave
 from ..ops.backend import choose
-from .base import Engine, NormMode, StepOutput, require_evaluation_mode
+from ..ops.base_learner import check_inner_loop
+from .base import (
+    Engine,
+    NormMode,
+    StepOutput,
+    require_at_least_one,
+    require_evaluation_mode,
+    require_norm,
+)
 from .base import Weights as SharedWeights
 from .inputs import Preprocess
 from .ranks import ALONE, Ranks
@@ -176,7 +184,11 @@ class WholeNetworkEngine(Engine):
         """Logits [T, n_query, n_way] of the query images after each of these ascending numbers of inner steps.
 
         `running` averages stay; with mirrored support a task's support images come once more, left to right.
+
+        Raises:
+            ValueError: the numbers do not ascend, or are negative.
         """
+        n_steps = _ascending(n_steps, self.inner_lr)
         return (logits for logits, _ in self._after(n_steps, episodes, mirror_support=mirror_support))
 
     def _after(
@@ -228,6 +240,15 @@ class WholeNetworkEngine(Engine):
         return ()  # weights of each task's own are no operands of `effective_weights`
 
 
+def _ascending(n_steps: Sequence[int], inner_lr: float) -> list[int]:
+    """Numbers of steps that one inner loop passes in this order, as ints."""
+    steps = [check_inner_loop(inner_lr, n, name="n_steps") for n in n_steps]
+    if sorted(steps) != steps:
+        raise ValueError(f"n_steps: expected ascending numbers, got {steps}")
+    return steps
+
+
+@torch.inference_mode(False)  # the inner loop takes gradients, whatever the caller does with the result
 @torch.no_grad()
 def evaluate_all_weights(
     encoder: Encoder,
@@ -253,8 +274,20 @@ def evaluate_all_weights(
 
     Returns:
         An evaluation for each number of steps.
+
+    Raises:
+        ValueError: encoder or head were made inside `torch.inference_mode`, whose tensors take no gradient.
     """
+    require_norm(norm)
+    require_at_least_one(images_per_chunk=images_per_chunk)
+    n_steps = _ascending(n_steps, inner_lr)
+    if any(t.is_inference() for m in (encoder, head) for t in (*m.parameters(), *m.buffers())):
+        raise ValueError(
+            "encoder, head: were made inside torch.inference_mode and take no gradient; make or load them outside it"
+        )
     require_evaluation_mode(encoder)
+    if episodes.support_labels.is_inference():
+        episodes = replace(episodes, support_labels=episodes.support_labels.clone())
     engine = WholeNetworkEngine(
         encoder,
         head,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import Any
 
@@ -205,6 +206,44 @@ def test_dropout_is_an_error(small_store: ImageStore, norm: str) -> None:
     engine.encoder.train()
     with pytest.raises(ValueError, match=r"training mode, with dropout 0\.1; call encoder\.eval\(\)"):
         run(engine, tasks(small_store, 1), norm=norm)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"norm": "batch"}, "norm: 'batch' is not one of frozen, episode, running"),
+        ({"adapt": "whole"}, "adapt: 'whole' is neither head nor all"),
+        ({"inner_lr": -1.0}, "inner_lr: expected a finite number, at least 0, got -1.0"),
+        ({"inner_lr": math.nan}, "inner_lr: expected a finite number"),
+        ({"inner_steps": -3}, "inner_steps: expected at least 0, got -3"),
+        ({"tasks_per_batch": 0}, "tasks_per_batch: expected at least 1, got 0"),
+        ({"tasks_per_batch": -1}, "tasks_per_batch: expected at least 1, got -1"),
+        ({"images_per_chunk": 0}, "images_per_chunk: expected at least 1, got 0"),
+        ({"images_per_chunk": -1}, "images_per_chunk: expected at least 1, got -1"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked_at_the_door(small_store: ImageStore, options: Any, says: str) -> None:
+    engine, episodes = make_engine(small_store, make_encoder(learn="head")), tasks(small_store, 2)
+    adapts = ("head",) if "adapt" in options else ("head", "all")
+    for adapt in adapts:
+        given = {"inner_lr": 0.2, "inner_steps": 3, "adapt": adapt, **options}
+        with pytest.raises(ValueError, match=says):
+            evaluate(engine.encoder, engine.head, small_store, episodes, PREPROCESS, **given)
+
+
+def test_settings_of_the_parts_are_checked_at_the_door(small_store: ImageStore) -> None:
+    engine, episodes = make_engine(small_store), tasks(small_store, 2)
+    embedded = embed_episodes(engine.encoder, small_store, episodes, PREPROCESS)
+    for call in (fit_and_predict, fit_and_score, accuracy_by_step):
+        with pytest.raises(ValueError, match="tasks_per_batch: expected at least 1, got 0"):
+            call(embedded, engine.head, **FIT, tasks_per_batch=0)
+    with pytest.raises(ValueError, match="inner_steps: expected at least 0, got -1"):
+        accuracy_by_step(embedded, engine.head, inner_lr=0.1, inner_steps=-1)
+    with pytest.raises(ValueError, match="images_per_chunk: expected at least 1, got 0"):
+        embed_episodes(engine.encoder, small_store, episodes, PREPROCESS, images_per_chunk=0)
+    with pytest.raises(ValueError, match="norm: 'batch' is not one of"):
+        all_parts(engine, episodes, "batch")
 
 
 # The package's `evaluate` is the function.

@@ -288,6 +288,48 @@ def test_mirrored_support_is_more_images(small_store: ImageStore, norm: str) -> 
     assert torch.equal(found.predictions, expected.argmax(dim=2))
 
 
+def test_evaluation_inside_inference_mode_equal_to_the_bit(small_store: ImageStore) -> None:
+    for norm in ("frozen", "episode"):
+        engine = whole_engine(small_store, dtype=torch.float32)
+        options: Any = {"inner_lr": 0.05, "n_steps": [0, 2], "norm": norm}
+        parts: Any = (engine.encoder, engine.head)
+        expected = evaluate_all_weights(*parts, small_store, tasks(small_store, 3), PREPROCESS, **options)
+        with torch.inference_mode():
+            store = small_store.to("cpu")
+            found = evaluate_all_weights(*parts, store, tasks(store, 3), PREPROCESS, **options)
+            assert torch.is_inference_mode_enabled()
+            made_inside = LinearHead(engine.encoder.feature_dim, 3)
+            with pytest.raises(ValueError, match=r"encoder, head: were made inside torch\.inference_mode"):
+                evaluate_all_weights(
+                    engine.encoder, made_inside, store, tasks(store, 3), PREPROCESS, **options
+                )
+        for one, other in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"n_steps": [5, 2]}, r"n_steps: expected ascending numbers, got \[5, 2\]"),
+        ({"n_steps": [-3]}, "n_steps: expected at least 0, got -3"),
+        ({"inner_lr": -1.0}, "inner_lr: expected a finite number, at least 0, got -1.0"),
+        ({"images_per_chunk": 0}, "images_per_chunk: expected at least 1, got 0"),
+        ({"norm": "batch"}, "norm: 'batch' is not one of frozen, episode, running"),
+    ],
+)
+def test_settings_of_the_evaluation_are_checked_at_the_door(
+    small_store: ImageStore, options: Any, says: str
+) -> None:
+    engine, episodes = whole_engine(small_store), tasks(small_store, 2)
+    given = {"inner_lr": 0.05, "n_steps": [2], **options}
+    for some in (episodes, episodes[:0]):
+        with pytest.raises(ValueError, match=says):
+            evaluate_all_weights(engine.encoder, engine.head, small_store, some, PREPROCESS, **given)
+    if "inner_lr" not in options and "n_steps" in options:
+        with pytest.raises(ValueError, match=says):
+            engine.query_logits_after(options["n_steps"], episodes)
+
+
 def test_no_tasks_have_no_scores(small_store: ImageStore) -> None:
     engine = whole_engine(small_store)
     parts: Any = (engine.encoder, engine.head, small_store, tasks(small_store, 2)[:0], PREPROCESS)

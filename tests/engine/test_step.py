@@ -232,6 +232,12 @@ def test_unknown_settings_are_errors(small_store: ImageStore) -> None:
         make_engine(small_store, norm="batch")
     with pytest.raises(ValueError, match="order: 'third' is neither first nor second"):
         make_engine(small_store, order="third")
+    with pytest.raises(ValueError, match="inner_lr: expected a finite number, at least 0, got -1"):
+        make_engine(small_store, inner_lr=-1)
+    with pytest.raises(TypeError, match="a learned step size is not differentiated"):
+        make_engine(small_store, inner_lr=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(ValueError, match="inner_steps: expected at least 0, got -3"):
+        make_engine(small_store, inner_steps=-3)
 
 
 def test_dropout_is_an_error(small_store: ImageStore) -> None:
