@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +26,15 @@ _KEYS_AT_ONCE = 2**22  # random numbers that a sampler holds at a time
 class Episodes:
     """T tasks of n_way classes; images are rows of a store, in the order of their classes.
 
+    Queries must be: accuracies of classes go by their places. This is checked on the CPU only.
+
     Args:
         classes: int64 [T, n_way], the store's labels, distinct in each task.
         support, query: int64 [T, n_way*n_shot] and [T, n_way*n_query], rows of the store, none in both.
         support_labels, query_labels: int64, shaped alike, 0..n_way-1: the column of `classes`.
+
+    Raises:
+        ValueError: shapes that do not fit, or queries in another order.
     """
 
     classes: Tensor
@@ -46,6 +52,16 @@ class Episodes:
             if labels.shape != rows.shape:
                 raise ValueError(
                     f"{name}_labels: {list(labels.shape)} differs from {name} {list(rows.shape)}"
+                )
+        if self.query_labels.device.type == "cpu" and type(self.query_labels) is Tensor:
+            # NumPy's: what runs on a GPU as well has no part in it.
+            labels = self.query_labels.numpy()
+            wrong = (labels != np.arange(self.n_way).repeat(self.n_query)).any(axis=1)
+            if wrong.any():
+                task = int(wrong.argmax())
+                raise ValueError(
+                    f"query_labels: those of task {task} are {labels[task].tolist()}; give queries in the order of their "
+                    f"classes, {self.n_query} of each"
                 )
 
     @classmethod
@@ -76,7 +92,9 @@ class Episodes:
 
     def rows(self) -> Tensor:
         """int64 [T, n_way, n_shot + n_query]: the rows of each class, support first."""
-        support, query = (part.unflatten(1, (self.n_way, -1)) for part in (self.support, self.query))
+        # Stable: a support set in the order of its classes stays as it is.
+        support = self.support.gather(1, self.support_labels.argsort(dim=1, stable=True))
+        support, query = (part.unflatten(1, (self.n_way, -1)) for part in (support, self.query))
         return torch.cat([support, query], dim=2)
 
     def __getitem__(self, tasks: slice) -> Episodes:

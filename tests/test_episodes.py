@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,6 +152,32 @@ def test_from_rows_and_rows_are_inverse():
     assert episodes.support_labels.tolist() == [[0, 1]]
     assert episodes.query_labels.tolist() == [[0, 0, 1, 1]]
     assert torch.equal(episodes.rows(), rows)
+
+
+def test_rows_of_a_support_set_in_any_order():
+    episodes = make_sampler().sample(6)
+    order = torch.rand(episodes.support.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    support, labels = (x.gather(1, order) for x in (episodes.support, episodes.support_labels))
+    assert not torch.equal(labels, episodes.support_labels)
+    found, expected = (
+        e.rows() for e in (replace(episodes, support=support, support_labels=labels), episodes)
+    )
+    assert torch.equal(found[:, :, N_SHOT:], expected[:, :, N_SHOT:])
+    assert torch.equal(found[:, :, :N_SHOT].sort(dim=2).values, expected[:, :, :N_SHOT].sort(dim=2).values)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 0, 1, 1, 2, 1, 2, 2], [0, 0, 1, 1, 1, 1, 2, 2, 2]], ids=["order", "count"]
+)
+def test_queries_are_in_the_order_of_their_classes(labels):
+    episodes = make_sampler().sample(2)
+    query_labels = torch.stack([episodes.query_labels[0], torch.tensor(labels)])
+    says = re.escape(
+        f"query_labels: those of task 1 are {labels}; give queries in the order of their classes, 3 of each"
+    )
+    with pytest.raises(ValueError, match=says):
+        replace(episodes, query_labels=query_labels)
+    assert replace(episodes, query_labels=query_labels.to("meta")).n_query == 3
 
 
 def test_shapes_that_do_not_fit():

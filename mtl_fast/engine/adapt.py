@@ -51,7 +51,7 @@ def adapt_and_predict(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or values that break the above, named; an encoder in training
-            mode with dropout.
+            mode, or a network inside it, where that embeds otherwise.
     """
     require_evaluation_mode(encoder)
     if norm not in ("frozen", "episode"):

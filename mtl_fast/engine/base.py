@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.residency import Gathered
 from ..data.store import ImageStore
@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..kernels.contracts import EffectiveWeights
 from ..nn.encoder import Encoder, Statistics
 from ..nn.linear_head import LinearHead
+from ..nn.network_encoder import NetworkEncoder
 from ..ops.base_learner import check_inner_loop
 from .inputs import Preprocess
 from .ranks import ALONE, Ranks
@@ -43,11 +44,32 @@ def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
 
 
 def require_evaluation_mode(encoder: Encoder) -> None:
-    """Dropout belongs to pre-training: an encoder that still has it on would embed an image anew each time."""
+    """Training mode belongs to pre-training: dropout would embed an image anew each time, batch norms would move.
+
+    The modes of its modules are looked at, too: a network inside an encoder can be set apart from it.
+    """
     if encoder.training and encoder.dropout:
         raise ValueError(
             f"encoder: is in training mode, with dropout {encoder.dropout}; call encoder.eval() first"
         )
+    # Of a network of another kind nobody knows which modules differ.
+    whole = encoder.network if isinstance(encoder, NetworkEncoder) else None
+    for module in encoder.modules() if whole is None else whole.modules():
+        if module.training and (whole is not None or _differs_in_training(module)):
+            raise ValueError(
+                f"encoder: its {type(module).__name__} is in training mode; call encoder.eval() first"
+            )
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    """Whether it is an encoder with dropout, or a layer of PyTorch's with batch statistics or noise in training mode."""
+    if isinstance(module, Encoder):
+        return module.dropout > 0
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+        isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+    )
 
 
 def require_norm(norm: str) -> None:
@@ -137,11 +159,21 @@ class Engine(ABC):
         Raises:
             InputError: `images_per_chunk` is less than a split that batch statistics need whole, or memory ran
                 out again.
+            ValueError: nothing learns, or gradients are off; the encoder is in training mode.
         """
         require_evaluation_mode(self.encoder)
         self.require_whole_splits(*images_of_splits(episodes))
         ranks, n_tasks = self.ranks, episodes.n_tasks
-        learned = [p for m in (self.encoder, self.head) for p in m.parameters() if p.requires_grad]
+        learned = [p for p in self._parameters() if p.requires_grad]
+        if not learned:
+            raise ValueError(
+                "step: nothing learns, no parameter of encoder or head requires a gradient; call "
+                "encoder.enable_scale_shift(), or requires_grad_() of what shall learn"
+            )
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "step: gradients are off; call it outside torch.no_grad and torch.inference_mode"
+            )
         with self._own_gradients() as drop_gradients, ranks.summing(learned) as along:
             outputs, statistics = self._as_memory_allows(
                 episodes[ranks.share(n_tasks)], n_tasks, drop_gradients
@@ -248,10 +280,14 @@ class Engine(ABC):
                 f"of {least} images; give at least {least}, or norm 'frozen'"
             )
 
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those of encoder and head, one that both have once."""
+        return list(nn.ModuleList([self.encoder, self.head]).parameters())
+
     @contextmanager
     def _own_gradients(self) -> Iterator[Callable[[], None]]:
         """Sets the caller's gradients apart, so that an attempt's can be dropped, and adds them at the end."""
-        parameters = [p for module in (self.encoder, self.head) for p in module.parameters()]
+        parameters = self._parameters()
         before = [p.grad for p in parameters]
 
         def drop() -> None:

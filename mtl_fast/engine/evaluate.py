@@ -51,7 +51,7 @@ def embed_rows(
         ranks: who shares the work; all get all features.
 
     Raises:
-        ValueError: the encoder is in training mode and has dropout.
+        ValueError: the encoder, or a network inside it, is in training mode, where it embeds otherwise.
     """
     require_at_least_one(images_per_chunk=images_per_chunk)
     require_evaluation_mode(encoder)
@@ -359,7 +359,7 @@ def evaluate(
             bit, that of one.
 
     Raises:
-        ValueError: the encoder is in training mode and has dropout; a setting that is none of the above, or out of range.
+        ValueError: the encoder, or a network inside it, is in training mode, where it embeds otherwise; a setting that is none of the above, or out of range.
         TypeError: `inner_steps` is no integer, or `inner_lr` a learned one.
     """
     require_norm(norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -183,6 +184,53 @@ def test_class_accuracy_counts_each_class_of_each_task() -> None:
     assert_near(accuracy, torch.tensor([[1 / 3, 1.0], [0.0, 1 / 3]]), 1e-7)
 
 
+def test_the_order_of_the_support_set_changes_nothing_but_rounding(small_store: ImageStore) -> None:
+    engine, episodes = make_engine(small_store), tasks(small_store, 3)
+    expected, wanted = engine.step(episodes), gradients(engine)
+    order = torch.rand(episodes.support.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    support, labels = (x.gather(1, order) for x in (episodes.support, episodes.support_labels))
+    out = engine.step(replace(episodes, support=support, support_labels=labels))
+    assert_near(out.loss, expected.loss, TOLERANCE)
+    assert torch.equal(out.class_accuracy, expected.class_accuracy)
+    assert_same_gradients(gradients(engine), wanted)
+
+
+class Tied(Watched):
+    """Holds the head as well."""
+
+    def __init__(self, inner: Encoder, head: LinearHead) -> None:
+        super().__init__(inner)
+        self.head = head
+
+
+def test_a_parameter_of_both_encoder_and_head_has_its_gradient_once(small_store: ImageStore) -> None:
+    engine, episodes = make_engine(small_store, Watched(make_encoder())), tasks(small_store, 3)
+    found = []
+    for encoder in (engine.encoder, Tied(make_encoder(), engine.head)):
+        engine.encoder = encoder
+        for _ in range(2):  # the second is added to the first
+            engine.step(episodes)
+        learned = [*encoder.inner.scale_shift_parameters(), *engine.head.parameters()]
+        found.append([p.grad for p in learned])
+        engine.head.zero_grad()
+    for own, other in zip(*found, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_step_in_which_nothing_can_learn_is_an_error(small_store: ImageStore) -> None:
+    engine, episodes = make_engine(small_store), tasks(small_store, 1)
+    for off in (torch.no_grad, torch.inference_mode):
+        with (
+            off(),
+            pytest.raises(ValueError, match=r"step: gradients are off; call it outside torch\.no_grad"),
+        ):
+            engine.step(episodes)
+    engine.encoder.freeze()
+    engine.head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"step: nothing learns, .* call encoder\.enable_scale_shift\(\)"):
+        engine.step(episodes)
+
+
 def test_the_watch_sees_what_is_read_back() -> None:
     x = torch.arange(3.0)
     for read in (lambda: x[0].item(), lambda: bool(x[0] > 1), lambda: x[x > 0], lambda: x.nonzero()):
@@ -245,6 +293,15 @@ def test_dropout_is_an_error(small_store: ImageStore) -> None:
     engine.encoder.train()
     with pytest.raises(ValueError, match=r"training mode, with dropout 0\.1; call encoder\.eval\(\)"):
         engine.step(tasks(small_store, 1))
+    # An encoder inside another, set to training mode apart from it.
+    engine.encoder = Watched(make_encoder())
+    engine.encoder.inner.train()
+    with pytest.raises(
+        ValueError, match=r"encoder: its ResNet12 is in training mode; call encoder\.eval\(\)"
+    ):
+        engine.step(tasks(small_store, 1))
+    engine.encoder.eval()
+    engine.step(tasks(small_store, 1))
 
 
 @pytest.mark.parametrize("learn", ["kernel", "filter"])

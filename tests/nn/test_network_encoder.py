@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import EpisodicEngine, evaluate
-from mtl_fast.nn import LinearHead, NetworkEncoder, convert, fold, scale_shift_parameters
+from mtl_fast.nn import Embeddings, Encoder, LinearHead, NetworkEncoder, convert, fold, scale_shift_parameters
 from tests.conv_cases import assert_near
 from tests.engine.cases import PREPROCESS, fitted, images, tasks
 from tests.nn.user_network import UserNetwork, user_images, user_network
@@ -55,6 +55,53 @@ def test_it_stays_in_evaluation_mode() -> None:
     nn.ModuleList([encoder]).train()
     assert torch.equal(encoder(user_images()), expected)
     assert torch.equal(encoder.network.norm.running_mean, mean)
+
+
+def test_a_network_set_to_training_mode_apart_is_an_error(small_store: ImageStore) -> None:
+    engine, episodes = engine_of(small_store), tasks(small_store, 1)
+    network = engine.encoder.network
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    for module in (network, network.norm, network.dropout):
+        module.train()
+        name = type(module).__name__
+        refused = rf"encoder: its {name} is in training mode; call encoder\.eval\(\) first"
+        with pytest.raises(ValueError, match=refused):
+            evaluate(
+                engine.encoder, engine.head, small_store, episodes, PREPROCESS, inner_lr=0.2, inner_steps=2
+            )
+        with pytest.raises(ValueError, match=refused):
+            engine.step(episodes)
+        engine.encoder.eval()
+    engine.step(episodes)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+class OwnEncoder(Encoder):
+    """A user's own, around a network."""
+
+    feature_dim = UserNetwork.feature_dim
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def embed(self, images: Tensor, **options: Any) -> Embeddings:
+        return Embeddings(self.network(images), [])
+
+
+def test_batch_norms_and_dropout_of_any_encoder_in_training_mode_are_an_error(
+    small_store: ImageStore,
+) -> None:
+    encoder, head = OwnEncoder(user_network()), LinearHead(UserNetwork.feature_dim, 3).double()
+    options: Any = {"inner_lr": 0.2, "inner_steps": 2}
+    for module in (nn.BatchNorm2d, nn.Dropout):
+        encoder.eval()
+        for m in encoder.modules():
+            m.training = not isinstance(m, (nn.BatchNorm2d, nn.Dropout)) or isinstance(m, module)
+        with pytest.raises(ValueError, match=f"encoder: its {module.__name__} is in training mode"):
+            evaluate(encoder, head, small_store, tasks(small_store, 1), PREPROCESS, **options)
+    encoder.eval()
+    evaluate(encoder, head, small_store, tasks(small_store, 1), PREPROCESS, **options)
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
