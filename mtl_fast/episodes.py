@@ -172,8 +172,13 @@ class EpisodeSampler:
         return classes, self._new_rows(classes, image_keys)
 
     def sample_classes(self, classes: Tensor) -> Episodes:
-        """Tasks of the given `classes` int64 [T, n_way] (distinct in each task), with random images."""
-        _check_classes(classes, self.n_way)
+        """Tasks of the given `classes` int64 [T, n_way] (distinct in each task), with random images.
+
+        Raises:
+            ValueError: classes of another shape or dtype; on the CPU also a class that the store does not have, or one
+                twice in a task.
+        """
+        _check_classes(classes, self.n_way, self.n_classes)
         keys = _keys(self._generator, len(classes), self._n_image_keys, self.device)
         classes = moved(classes, self.device)
         return Episodes.from_rows(classes, self._new_rows(classes, keys), self.n_shot)
@@ -346,9 +351,18 @@ def _keys(generator: torch.Generator, n_tasks: int, n_keys: int, device: torch.d
     return moved(torch.rand(n_tasks, n_keys, generator=generator, dtype=torch.float64), device)
 
 
-def _check_classes(classes: Tensor, n_way: int) -> None:
+def _check_classes(classes: Tensor, n_way: int, n_classes: int) -> None:
     if classes.ndim != 2 or classes.shape[1] != n_way or classes.dtype != torch.int64:
         raise ValueError(f"classes: expected int64 [T, {n_way}], got {classes.dtype} {list(classes.shape)}")
+    if classes.device.type != "cpu":
+        return  # nothing is read back
+    ordered = classes.sort(dim=1).values
+    wrong = ((ordered < 0) | (ordered >= n_classes)).any(dim=1) | (ordered.diff(dim=1) == 0).any(dim=1)
+    if bool(wrong.any()):
+        task = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"classes: task {task} has {classes[task].tolist()}; expected distinct ones of 0..{n_classes - 1}"
+        )
 
 
 def _check_enough(store: ClassIndex, n_way: int, n_shot: int, n_query: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,14 @@ def test_given_classes_get_random_images():
 def test_given_classes_of_another_shape(classes):
     with pytest.raises(ValueError, match=r"classes: expected int64 \[T, 3\]"):
         make_sampler().sample_classes(classes)
+
+
+@pytest.mark.parametrize("task", [[0, -1, 2], [0, 7, 2], [4, 2, 4]], ids=str)
+def test_given_classes_are_distinct_ones_of_the_store(task):
+    wrong = re.escape(f"classes: task 1 has {task}; expected distinct ones of 0..6")
+    with pytest.raises(ValueError, match=wrong):
+        make_sampler().sample_classes(torch.tensor([[0, 1, 2], task]))
+    assert make_sampler().sample_classes(torch.empty(0, 3, dtype=torch.int64)).n_tasks == 0
 
 
 def test_a_class_with_just_enough_images_gives_all():

@@ -33,7 +33,7 @@ def test_nothing_reads_a_value_back(mode):
     pool.add(hard.to("meta"), torch.rand(2, N_WAY, device="meta"))
     assert pool.sample(5).support.shape == (5, N_WAY * N_SHOT)
     assert hard.query.device.type == pool.state_dict()["rows"].device.type == "meta"
-    sampler.sample_classes(torch.zeros(2, N_WAY, dtype=torch.int64))
+    sampler.sample_classes(torch.zeros(2, N_WAY, dtype=torch.int64, device="meta"))
 
 
 @pytest.mark.gpu

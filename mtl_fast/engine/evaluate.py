@@ -359,7 +359,8 @@ def evaluate(
             bit, that of one.
 
     Raises:
-        ValueError: the encoder, or a network inside it, is in training mode, where it embeds otherwise; a setting that is none of the above, or out of range.
+        ValueError: the encoder, or a network inside it, is in training mode, where it embeds otherwise; a setting that
+            is none of the above, or out of range.
         TypeError: `inner_steps` is no integer, or `inner_lr` a learned one.
     """
     require_norm(norm)

@@ -30,6 +30,7 @@ class Conv4(Encoder):
                 f"image_size: Conv-4 halves its map four times and needs at least 16 pixels, got {image_size}"
             )
         self.epilogue = Epilogue("after_residual", slope=0.0, pool=True)
+        self.image_size = image_size
         self.feature_dim = width * (image_size // 16) ** 2
         self.layers = nn.ModuleList(
             ScaleShiftConv2d(n_in, width, 3, padding=1, norm=ChannelNorm2d(width, eps=eps))
@@ -47,6 +48,12 @@ class Conv4(Encoder):
         mask: Tensor | None = None,
         weights: Sequence[EffectiveWeights | None] | None = None,
     ) -> Embeddings:
+        sides = [side // 16 for side in images.shape[2:]]
+        if images.ndim == 4 and sides != [self.image_size // 16] * 2:
+            raise ValueError(
+                f"images: {tuple(images.shape)} give another number of features than {self.image_size}×"
+                f"{self.image_size} pixels, for which the encoder is made; resize them, or give Conv4 their image_size"
+            )
         x, statistics = images, Statistics()
         if mask is not None:
             x = x.where(mask.view(-1, 1, 1, 1), 0)  # a weight's gradient would be 0·NaN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,20 @@ class Encoder(nn.Module, ABC):
             granularity: of Φ_S1.
             last_block_only: Θ4 of the ablations.
             shift: Φ_S2 beside every Φ_S1, or only where the frozen convolution has a bias (MTL's PyTorch code).
+
+        Raises:
+            ValueError: another granularity or shift, or the last block of an encoder that names none; nothing is
+                changed then.
         """
+        if granularity not in get_args(Granularity):
+            raise ValueError(f"granularity: {granularity!r} is neither kernel nor filter")
+        if shift not in ("every", "biased"):
+            raise ValueError(f"shift: {shift!r} is neither every nor biased")
+        if last_block_only and self.blocks()[-1] is self:
+            raise ValueError(
+                f"last_block_only: {type(self).__name__} names no blocks, its last one is the whole; leave it out, or "
+                "name them in a blocks() of its own"
+            )
         self.freeze()
         for conv in self.convs():
             conv.scale = conv.shift = None

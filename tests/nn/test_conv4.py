@@ -108,3 +108,13 @@ def test_the_last_block_is_the_last_layer() -> None:
 def test_too_small_images_are_an_error() -> None:
     with pytest.raises(ValueError, match="at least 16 pixels, got 15"):
         Conv4(image_size=15)
+
+
+def test_images_of_another_size_are_an_error() -> None:
+    encoder = make(2, 35)
+    assert encoder(images(1, 47)).shape == (1, 8)  # the last rows and columns have no part in it
+    for size in (15, 31, 48):
+        with pytest.raises(
+            ValueError, match=rf"images: \(1, 3, {size}, {size}\) give another .* than 35×35 pixels"
+        ):
+            encoder(images(1, size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_enabling_again_starts_from_nothing(make: Callable[[], Encoder]) -> None
     shapes = [tuple(p.shape) for p in encoder.scale_shift_parameters()]
     assert shapes == [tuple(p.shape) for p in fresh.scale_shift_parameters()]
     assert encoder.state_dict().keys() == fresh.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shift": "none"}, "shift: 'none' is neither every nor biased"),
+        ({"granularity": "channel"}, "granularity: 'channel' is neither kernel nor filter"),
+    ],
+)
+@by_encoder
+def test_an_unknown_form_of_phi_is_an_error_that_changes_nothing(
+    make: Callable[[], Encoder], options: Any, says: str
+) -> None:
+    encoder = make().eval()
+    encoder.enable_scale_shift()
+    randomise(encoder, 1, scale_shift=True)
+    before, learns = list(encoder.parameters()), [p.requires_grad for p in encoder.parameters()]
+    with pytest.raises(ValueError, match=says):
+        encoder.enable_scale_shift(**options)
+    assert all(p is q for p, q in zip(encoder.parameters(), before, strict=True))
+    assert [p.requires_grad for p in encoder.parameters()] == learns
 
 
 @by_encoder

@@ -154,6 +154,16 @@ def test_scale_and_shift_start_anew() -> None:
         encoder_of(user_network()).enable_scale_shift()
 
 
+def test_it_has_no_last_block() -> None:
+    encoder = encoder_of(convert(user_network()))
+    before = list(encoder.scale_shift_parameters())
+    with pytest.raises(
+        ValueError, match="last_block_only: NetworkEncoder names no blocks, its last one is the whole"
+    ):
+        encoder.enable_scale_shift(last_block_only=True)
+    assert all(p is q for p, q in zip(encoder.scale_shift_parameters(), before, strict=True))
+
+
 def test_a_plain_network_trains_its_weights(small_store: ImageStore) -> None:
     engine = engine_of(small_store)
     engine.encoder = encoder_of(user_network())
