@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import mtl_fast
+from mtl_fast import engine, nn, ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # These hold what the README shows.
@@ -14,7 +15,7 @@ SHOWN = {"results", "ablation"}
 PAGES = [
     path for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".rst") and not SHOWN & {*path.parts}
 ]
-DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: (\S+)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception|data):: (\S+)$", re.MULTILINE)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
@@ -32,7 +33,11 @@ def test_the_reference_has_every_public_name_once() -> None:
     for name in named:
         module, _, attribute = name.rpartition(".")
         found.append(getattr(importlib.import_module(module), attribute))
-    public = {name: getattr(mtl_fast, name) for name in mtl_fast.__all__}
+    public = {
+        f"{package.__name__}.{name}": getattr(package, name)
+        for package in (mtl_fast, ops, nn, engine)
+        for name in package.__all__
+    }
     missing = [name for name, value in public.items() if not any(value is other for other in found)]
     assert not missing
 

@@ -197,6 +197,7 @@ class Ranks:
             self.watch.find_out(error)
 
 
+#: One process by itself.
 ALONE = Ranks()
 
 
