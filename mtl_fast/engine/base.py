@@ -64,7 +64,7 @@ def require_evaluation_mode(encoder: Encoder) -> None:
 def _differs_in_training(module: nn.Module) -> bool:
     """Whether it is an encoder with dropout, or a layer of PyTorch's with batch statistics or noise in training mode."""
     if isinstance(module, Encoder):
-        return module.dropout > 0
+        return bool(module.dropout)
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or (
@@ -87,7 +87,7 @@ def require_at_least_one(**counts: int) -> None:
 
 def a_parameter(encoder: Encoder, device: torch.device) -> Tensor:
     """One of its parameters, for dtype and device; for an encoder that has none an empty float32 tensor on `device`."""
-    return next(encoder.parameters(), torch.empty(0, device=device))
+    return next(encoder.parameters(), torch.empty(0, dtype=torch.float32, device=device))
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
