@@ -28,6 +28,9 @@ from .config import (
 )
 from .errors import InputError
 
+# A path that the user named, or one below it, does not let itself be looked at.
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 _RANK_TIMEOUT = 600.0  # the default of engine.ranks.join, which --help does not wait for
 
 
@@ -370,7 +373,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS):
+        if error.errno in _UNREACHABLE and error.filename is not None:
+            print(f"mtl-fast: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+        if error.errno not in _FULL:
             raise
         where = error.filename or "the output"
         print(

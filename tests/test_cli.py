@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -328,6 +329,38 @@ def test_a_loss_that_is_not_finite_says_what_to_try(
     assert "finite" in line or "loss became" in line
     assert "--pretrain.lr (now 1e+30)" in line
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data info {}",
+        "evaluate --checkpoint {}",
+        "evaluate --embeddings {}",
+        "embed --checkpoint any --output {}",
+        "import any --output {}",
+        "export {} --format onnx --output any",
+        "predict {}",
+        "pretrain --output run --data.source {}",
+    ],
+)
+def test_a_path_that_cannot_be_looked_at_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
+) -> None:
+    """Whether it exists is an error too where a folder on the way is closed, which no folder is to the superuser."""
+    long = str(tmp_path / ("n" * 300))
+    monkeypatch.chdir(tmp_path)
+    refuses(command.format(long).split(), f"{long}", "File name too long", keeps=(tmp_path,))
+    closed = tmp_path / "closed" / "inside"
+    stat = Path.stat
+
+    def refused(self: Path, **options: Any) -> Any:
+        if closed in (self, *self.parents):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    refuses(command.format(closed).split(), f"{closed}: Permission denied")
 
 
 def test_an_option_that_does_not_exist_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
