@@ -99,6 +99,40 @@ def test_a_backend_that_nobody_has_is_wrong(
     assert f"unset {ENVIRONMENT_VARIABLE}" in line(text, "ss_conv")
 
 
+@pytest.mark.parametrize("asked", ["nativ", "triton"])
+def test_a_self_test_that_the_backend_cannot_run_is_wrong_and_the_summary_still_comes(
+    asked: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, asked)
+    status, text = report(capsys)
+    assert status == 1
+    for name in ("convolution", "inner loop", "same bits twice", "shipped model", "meta-training"):
+        assert line(text, name).startswith("  !!")
+        assert f"{ENVIRONMENT_VARIABLE}='{asked}'" in line(text, name)
+        assert f"unset {ENVIRONMENT_VARIABLE}" in line(text, name)
+    assert text.splitlines()[-1].endswith("wrong (!!)")
+
+
+@pytest.mark.skipif(not native.load()[0], reason="no native kernels")
+def test_kernels_of_float32_alone_are_compared_with_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "native")
+    for check in (doctor._convolution_is_right, doctor._inner_loop_is_right):
+        error, bound = check()
+        assert error <= bound
+
+
+def test_a_folder_in_a_closed_one_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(path: object) -> bool:
+        if str(path).startswith(str(tmp_path / "closed") + "/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return True
+
+    monkeypatch.setattr(Path, "exists", closed)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    found = doctor._folder("x", tmp_path / "closed" / "inside", "go elsewhere")
+    assert (found.state, found.advice) == ("could be better", "go elsewhere")
+
+
 def test_more_threads_than_cores_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_cores", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import InputError
+
 OPERATIONS = (
     "ss_conv",
     "ss_block",
@@ -25,6 +27,10 @@ OPERATIONS = (
 ENVIRONMENT_VARIABLE = "MTL_FAST_BACKEND"
 
 Predicate = Callable[..., tuple[bool, str]]
+
+
+class CannotRun(InputError, RuntimeError):
+    """A backend asked for by name cannot run this call; where the environment asks, that is the user's to mend."""
 
 
 class Elsewhere(str):
@@ -78,8 +84,8 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
         facts: what predicates look at: tensors, flags, sizes.
 
     Raises:
-        ValueError: unknown operation or backend.
-        RuntimeError: a backend asked for by name cannot run this call; the message is its reason.
+        ValueError: unknown operation or (an InputError) backend.
+        RuntimeError: a backend asked for by name cannot run this call (a CannotRun); the message is its reason.
     """
     if op not in _REGISTRY:
         raise ValueError(f"unknown operation {op!r}; operations: {', '.join(OPERATIONS)}")
@@ -93,10 +99,10 @@ def choose(op: str, requested: str = "auto", **facts: Any) -> Choice:
             if source != "backend=" and any(requested in backends for backends in _REGISTRY.values()):
                 # The variable is meant for all operations, and a backend need not have each of them.
                 return Choice("torch", f"{op} has no {requested} backend, which {source}{requested} asks for")
-            raise ValueError(f"{op}: {source}{requested!r} is unknown; it has: auto, {', '.join(candidates)}")
+            raise InputError(f"{op}: {source}{requested!r} is unknown; it has: auto, {', '.join(candidates)}")
         can, reason = candidates[requested](**facts)
         if not can:
-            raise RuntimeError(f"{op}: {source}{requested!r} cannot run this call: {reason}")
+            raise CannotRun(f"{op}: {source}{requested!r} cannot run this call: {reason}")
         return Choice(requested, f"asked for by {source}{requested}")
     refusals: list[str] = []
     for name, predicate in candidates.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mtl_fast.errors import InputError
 from mtl_fast.ops import backend
 from mtl_fast.ops.backend import ENVIRONMENT_VARIABLE, OPERATIONS, choose, register, why
 
@@ -70,6 +71,15 @@ def test_unknown_names_are_errors_that_list_the_known(monkeypatch: pytest.Monkey
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
     with pytest.raises(ValueError, match=f"images: {ENVIRONMENT_VARIABLE}='fast' is unknown"):
         choose("images")
+
+
+def test_a_wrong_name_in_the_environment_is_a_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line tells it in one line."""
+    register("images", "fast", small_only)
+    for name in ("fast", "faster"):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
+        with pytest.raises(InputError, match=f"images: {ENVIRONMENT_VARIABLE}='{name}'"):
+            choose("images", size=12)
 
 
 def test_the_environment_names_a_backend_for_the_operations_that_have_it(
