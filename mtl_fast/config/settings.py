@@ -49,7 +49,7 @@ class EncoderConfig:
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Output channels of the blocks (ResNet-25: of its three stages; Conv-4: of all layers, one number)."""
     dropout: float = 0.1
-    """Probability after each block, in pre-training only."""
+    """Probability after each block, in pre-training only; Conv-4 has none."""
     shortcut_scale_shift: bool = False
     """Scale and shift the 1×1 shortcuts as well; those of ResNet-25 always are."""
 
@@ -250,6 +250,8 @@ class Config:
         name, n_widths = self.encoder.name, len(self.encoder.widths)
         if n_widths != _N_WIDTHS[name][0] and not (name == "conv4" and n_widths == 1):
             raise InputError(f"encoder.widths has {n_widths} numbers; {name} takes {_N_WIDTHS[name][1]}")
+        if name == "conv4":
+            _check_conv4(self.encoder)
         if self.inner.adapt == "all" and self.precision != "fp32":
             raise InputError(
                 f"precision is {self.precision!r}, which goes with inner.adapt head; adapting all weights takes fp32"
@@ -290,11 +292,22 @@ def different_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]
     return pairs
 
 
+def _check_conv4(encoder: EncoderConfig) -> None:
+    """It has one width and no dropout; the defaults, which are another network's, are let through and mean 64 and 0."""
+    widths, dropout = encoder.widths, encoder.dropout
+    if len(set(widths)) > 1 and widths != EncoderConfig.widths:
+        raise InputError(
+            f"encoder.widths is {' '.join(map(str, widths))}; conv4 takes one width for all layers, such as {widths[0]}"
+        )
+    if dropout not in (0, EncoderConfig.dropout):
+        raise InputError(f"encoder.dropout is {dropout}; conv4 has no dropout, set it to 0")
+
+
 # Network → how many widths, in words.
 _N_WIDTHS = {
     "resnet12": (4, "4, one a block"),
     "resnet25": (3, "3, one a stage, such as 160 320 640"),
-    "conv4": (4, "4, one a block, or 1 for all"),
+    "conv4": (4, "1 for all layers, or the same one 4 times"),
 }
 
 # Settings → lowest, highest, what to say; every number of a sequence is meant.

@@ -179,11 +179,17 @@ def test_data_are_read_as_told() -> None:
     }
 
 
-def test_conv4_takes_one_width_or_four() -> None:
+def test_conv4_takes_one_width_and_no_dropout() -> None:
     for widths in ((32,), (32, 32, 32, 32)):
         assert Config(encoder=EncoderConfig("conv4", widths=widths)).encoder.widths == widths
-    with pytest.raises(InputError, match=r"encoder\.widths has 2 numbers"):
+    # All the rest at its defaults, which are another network's, is 64 wide.
+    assert Config(encoder=EncoderConfig("conv4")).encoder.widths[0] == 64
+    with pytest.raises(InputError, match=r"encoder\.widths has 2 numbers; conv4 takes 1 for all layers"):
         Config(encoder=EncoderConfig("conv4", widths=(32, 32)))
+    with pytest.raises(InputError, match=r"widths is 32 64 128 256; conv4 takes one .*, such as 32"):
+        Config(encoder=EncoderConfig("conv4", widths=(32, 64, 128, 256)))
+    with pytest.raises(InputError, match=r"dropout is 0\.3; conv4 has no dropout, set it to 0"):
+        Config(encoder=EncoderConfig("conv4", widths=(32,), dropout=0.3))
 
 
 def test_resnet25_takes_three_widths() -> None:
