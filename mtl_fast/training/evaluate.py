@@ -45,6 +45,7 @@ class Score:
         data: where the images come from, if not from the data trained on.
         accuracy_by_step: [T, n_steps + 1], after 0, 1, … steps of the inner loop, if asked for.
         shard: which share of the tasks this is; None: all.
+        known_split: false for features whose file does not say what split they are of.
     """
 
     task_accuracy: Tensor
@@ -53,6 +54,12 @@ class Score:
     data: str = ""
     accuracy_by_step: Tensor | None = None
     shard: str | None = None
+    known_split: bool = True
+
+    @property
+    def tasks(self) -> str:
+        """``test tasks``, or of whichever split; ``tasks`` where that is not known."""
+        return f"{self.config.evaluation.split} tasks" if self.known_split else "tasks"
 
     @property
     def steps(self) -> list[Interval]:
@@ -68,11 +75,11 @@ class Score:
         return f"by inner steps: {', '.join(f'{i}: {steps[i]}' for i in shown)} %"
 
     def __str__(self) -> str:
-        shape, test = self.config.episodes, self.config.evaluation
+        shape = self.config.episodes
         where = f" of {self.data or self.config.data.source}"
         where += f" (shard {self.shard})" if self.shard else ""
         return (
-            f"{shape.n_way}-way {shape.n_shot}-shot, {len(self.task_accuracy)} {test.split} tasks{where}: "
+            f"{shape.n_way}-way {shape.n_shot}-shot, {len(self.task_accuracy)} {self.tasks}{where}: "
             f"{self.interval} %"
         )
 
@@ -139,8 +146,8 @@ def evaluate_model(
         adapt: what the inner loop moves, the ``head`` or ``all`` weights of the network.
         head: ``zeros`` fits fresh heads though there is a meta-learned one.
         by_step: accuracy after each step of the inner loop, too.
-        evaluation: number of tasks, split, mirrored support. Embeddings stay of the split that they were made of.
-            What it leaves open is as the model's recipe says.
+        evaluation: number of tasks, split, mirrored support. Embeddings stay of the split that they were made of;
+            `EvaluationChanges` that name another are refused. What it leaves open is as the model's recipe says.
         seed: of the tasks.
         device: where to run.
         output: folder of the result.
@@ -154,9 +161,9 @@ def evaluate_model(
 
     Raises:
         InputError: no such model; a head of another n_way; all weights to adapt of a model that learned something
-            else, or of features; images of another size; a split with too few classes
-            or images; an output that cannot be written, that another process is at work in, or that holds pieces of
-            another test or, without `resume`, of any.
+            else, or of features; features of another split than asked for; images of another size; a split with too
+            few classes or images; an output that cannot be written, that another process is at work in, or that holds
+            pieces of another test or, without `resume`, of any.
     """
     own = Shard() if shard is None else Shard.parse(shard)
     for name, asked in (("--shard", shard), ("--resume", resume)):
@@ -219,7 +226,8 @@ def _subject(
 def _score_of(found: dict[str, Tensor], subject: Subject, shard: str | None) -> Score:
     accuracy = found["task_accuracy"]
     by_step = found.get("accuracy_by_step")
-    return Score(accuracy, mean_interval(accuracy), subject.config, subject.where, by_step, shard)
+    interval, known = mean_interval(accuracy), subject.known_split
+    return Score(accuracy, interval, subject.config, subject.where, by_step, shard, known)
 
 
 def _finished(folder: Path, facts: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -276,8 +284,8 @@ def _save_steps(folder: Path, result: Score) -> dict[str, list[float]]:
     means, halves = ([interval[i] for interval in result.steps] for i in (0, 1))
     lines = [f"{step},{mean},{half}\n" for step, (mean, half) in enumerate(zip(means, halves, strict=True))]
     write_text(folder / STEPS_TABLE, "step,mean,interval95\n" + "".join(lines))
-    shape, test = result.config.episodes, result.config.evaluation
-    label = f"{len(result.task_accuracy):,} {test.split} tasks"
+    shape = result.config.episodes
+    label = f"{len(result.task_accuracy):,} {result.tasks}"
     curves = {f"{shape.n_way}-way {shape.n_shot}-shot": {label: Curve(range(len(means)), means, halves)}}
     steps_figure(folder / STEPS_PICTURE, curves)
     return {"mean": means, "interval95": halves}

@@ -73,6 +73,7 @@ class Subject:
         norm: of the encoder.
         head: where the heads start.
         where: what a report says of the data; empty for those trained on.
+        known_split: false for features from elsewhere, whose file does not say what split they are of.
     """
 
     file: str
@@ -82,6 +83,7 @@ class Subject:
     norm: NormMode
     head: LinearHead
     where: str = ""
+    known_split: bool = True
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """All that the result depends on, with `more`, for JSON; where it is computed is no part of that."""
@@ -145,16 +147,24 @@ def features_subject(
 
     Raises:
         InputError: as `model_subject`; mirrored support is asked for, and the file has no features of mirror images;
-            all weights are to adapt, which needs images.
+            all weights are to adapt, which needs images; another split is asked for than the file holds.
     """
     if changes.adapt == "all":
         raise InputError(
             f"{file}: holds features, of which the head alone can adapt; --adapt all takes a model, --checkpoint"
         )
     found = load_embeddings(file, device=device)
-    split: Any = found.meta.get("split", changes.evaluation.split)
-    changes = replace(changes, adapt="head", evaluation=replace(changes.evaluation, split=split))
-    config = changes.over(found.config)
+    split: Any = found.meta.get("split")
+    # Of `EvaluationConfig` it may be the default, which nobody asked for.
+    asked = changes.evaluation.split if isinstance(changes.evaluation, EvaluationChanges) else None
+    if asked not in (None, split):
+        held = f"the {split} split" if split else "a split that it does not name"
+        raise InputError(
+            f"{file}: holds features of {held}, --evaluation.split asks for {asked}; leave that out, or "
+            f"`mtl-fast embed --split {asked}` makes those"
+        )
+    evaluation = replace(changes.evaluation, split=split or changes.evaluation.split)
+    config = replace(changes, adapt="head", evaluation=evaluation).over(found.config)
     if config.evaluation.mirror_support and found.store.mirrored is None:
         raise InputError(
             f"{file}: holds no features of mirror images, which mirrored support takes; `mtl-fast embed --mirror` "
@@ -162,7 +172,16 @@ def features_subject(
         )
     width = found.store.features.shape[1]
     start = head_for(found.head, config.episodes.n_way, width, head, str(file))
-    return Subject(str(file), config, found.store, None, "frozen", start.to(device), str(file))
+    return Subject(
+        str(file),
+        config,
+        found.store,
+        None,
+        "frozen",
+        start.to(device),
+        where=str(file),
+        known_split=split is not None,
+    )
 
 
 def nothing_learned(meta: MetaConfig) -> MetaConfig:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from mtl_fast.config import EvaluationConfig
+from mtl_fast.config import EvaluationChanges, EvaluationConfig
 from mtl_fast.data.store import ImageStore
 from mtl_fast.engine import Preprocess
 from mtl_fast.episodes import Episodes
@@ -203,6 +203,22 @@ def test_features_keep_their_split_and_take_the_settings_of_their_model(
     assert torch.equal(found.task_accuracy, expected.task_accuracy)
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "from elsewhere"])
+def test_features_are_tested_on_no_other_split(ours: bool, pretrained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "f.safetensors"
+    if ours:
+        embed_split(pretrained, file, split="val", device="cpu")
+        found = evaluate_model(embeddings=file, evaluation=EvaluationChanges(4, "val"), device="cpu")
+        assert ", 4 val tasks of " in str(found)
+    else:
+        safetensors.torch.save_file({"features": torch.eye(8), "labels": torch.arange(8) % 2}, file)
+    held = "of the val split" if ours else "of a split that it does not name"
+    with pytest.raises(
+        InputError, match=f"features {held}, --evaluation.split asks for test; .*embed --split"
+    ):
+        evaluate_model(embeddings=file, evaluation=EvaluationChanges(split="test"), device="cpu")
+
+
 def test_features_from_elsewhere_are_tested_too(tmp_path: Path) -> None:
     labels = torch.arange(6).repeat_interleave(10)
     features = torch.eye(6)[labels] + 0.01 * torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
@@ -212,6 +228,7 @@ def test_features_from_elsewhere_are_tested_too(tmp_path: Path) -> None:
     )
     assert found.interval.mean == 1.0
     assert found.task_accuracy.shape == (12,)
+    assert str(found).startswith(f"5-way 1-shot, 12 tasks of {tmp_path / 'f.safetensors'}: ")
 
 
 def test_mirrored_support_is_a_setting(meta_trained: Path) -> None:
