@@ -24,6 +24,8 @@ from .config import (
     InnerConfig,
     MetaConfig,
     PretrainConfig,
+    ValidationEpisodes,
+    ValidationInner,
     preset,
 )
 from .errors import InputError
@@ -149,13 +151,10 @@ class _Run:
     profile: bool = False
     """Write profile.json into the output folder: a trace of the first updates, which Perfetto opens."""
     data: DataConfig
-    episodes: EpisodeConfig
-    inner: InnerConfig
 
     def config(self, **parts: Any) -> Config:
         """The recipe with this command's settings."""
-        names = ("data", "episodes", "inner", "seed", "device", "precision")
-        common = {name: getattr(self, name) for name in names}
+        common = {name: getattr(self, name) for name in ("data", "seed", "device", "precision")}
         return replace(preset(self.preset), **common, **parts)
 
 
@@ -165,12 +164,20 @@ class Pretrain(_Run):
 
     encoder: EncoderConfig
     pretrain: PretrainConfig
+    episodes: ValidationEpisodes
+    inner: ValidationInner
 
     def run(self) -> None:
         from .training.pretrain import pretrain
         from .training.ranks import command_ranks
 
-        config = self.config(encoder=self.encoder, pretrain=self.pretrain)
+        recipe = preset(self.preset)
+        config = self.config(
+            encoder=self.encoder,
+            pretrain=self.pretrain,
+            episodes=replace(recipe.episodes, **vars(self.episodes)),
+            inner=replace(recipe.inner, **vars(self.inner)),
+        )
         options = {"resume": self.resume, "profile": self.profile}
         with command_ranks(self.device, self.rank_timeout) as ranks:
             path = pretrain(config, self.output, **options, ranks=ranks)
@@ -183,13 +190,15 @@ class MetaTrain(_Run):
 
     pretrained: Path | None = None
     """Model file, or run folder, of `mtl-fast pretrain`; None starts from random weights (presets of MAML)."""
+    episodes: EpisodeConfig
+    inner: InnerConfig
     meta: MetaConfig
 
     def run(self) -> None:
         from .training.meta_train import meta_train
         from .training.ranks import command_ranks
 
-        config = self.config(meta=self.meta)
+        config = self.config(episodes=self.episodes, inner=self.inner, meta=self.meta)
         options = {"resume": self.resume, "profile": self.profile}
         with command_ranks(self.device, self.rank_timeout) as ranks:
             path = meta_train(config, self.pretrained, self.output, **options, ranks=ranks)
@@ -276,16 +285,16 @@ class Evaluate:
 
 def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
-    common: dict[str, Any] = {
-        "output": tyro.MISSING,
-        "data": config.data,
-        "episodes": config.episodes,
-        "inner": config.inner,
+    common: dict[str, Any] = {"output": tyro.MISSING, "data": config.data}
+    shape, inner = config.episodes, config.inner
+    validation = {
+        "episodes": ValidationEpisodes(shape.n_way, shape.n_query),
+        "inner": ValidationInner(inner.lr, inner.test_lr, inner.test_steps),
     }
     return {
         "demo": Demo(),
-        "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain),
-        "meta-train": MetaTrain(**common, meta=config.meta),
+        "pretrain": Pretrain(**common, encoder=config.encoder, pretrain=config.pretrain, **validation),
+        "meta-train": MetaTrain(**common, episodes=shape, inner=inner, meta=config.meta),
         "evaluate": Evaluate(),
         "embed": Embed(tyro.MISSING, tyro.MISSING),
         "predict": Predict(tyro.MISSING),

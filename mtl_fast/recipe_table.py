@@ -67,8 +67,9 @@ def _data_sets() -> str:
         )
     return (
         "With the name of a data set behind it, such as tensorflow-fc100, a recipe also brings images to its size; "
-        "--episodes.n-shot\nmakes any of them 5- or 10-shot. --data.source says where the images are, by default in a "
-        "folder of that name.\n\n" + grid(["recipe", *(f"-{data}" for data in DATA)], rows, "plain")
+        "meta-train's\n--episodes.n-shot makes any of them 5- or 10-shot. --data.source says where the images are, by "
+        "default in a folder\nof that name.\n\n"
+        + grid(["recipe", *(f"-{data}" for data in DATA)], rows, "plain")
     )
 
 

@@ -63,18 +63,12 @@ def test_a_recipe_through_all_commands(
             return _of(encoder, head, store, episodes, *rest, **options)
 
         monkeypatch.setattr(module, "evaluate", watched)
-    common = [
-        "--preset",
-        name,
-        f"--data.source={data}",
-        *sizes.split(),
-        "--device=cpu",
-        "--episodes.n-shot=2",
-    ]
+    common = ["--preset", name, f"--data.source={data}", *sizes.split(), "--device=cpu"]
     crop = ["--pretrain.crop-size=18"] if name == "pytorch" else []
     first = ["pretrain", *common, "--encoder.widths", *widths.split(), *crop, *SHORT["pretrain"]]
     assert main([*first, "--output", str(tmp_path / "pre")]) == 0
-    second = ["meta-train", *common, "--episodes.n-query-train=3", *SHORT["meta-train"]]
+    shape = ["--episodes.n-shot=2", "--episodes.n-query-train=3"]
+    second = ["meta-train", *common, *shape, *SHORT["meta-train"]]
     assert main([*second, "--pretrained", str(tmp_path / "pre"), "--output", str(tmp_path / "meta")]) == 0
     recipe = preset(name)
     config = Config.from_dict(json.loads((tmp_path / "meta" / "config.json").read_text()))

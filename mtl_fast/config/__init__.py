@@ -11,6 +11,8 @@ from .settings import (
     InnerConfig,
     MetaConfig,
     PretrainConfig,
+    ValidationEpisodes,
+    ValidationInner,
     different_settings,
 )
 
@@ -30,6 +32,8 @@ __all__ = [
     "InnerConfig",
     "MetaConfig",
     "PretrainConfig",
+    "ValidationEpisodes",
+    "ValidationInner",
     "different_settings",
     "preset",
 ]

@@ -141,6 +141,28 @@ class InnerConfig:
 
 
 @dataclass(frozen=True)
+class ValidationEpisodes:
+    """The shape of a validation task of pre-training, which is 1-shot."""
+
+    n_way: int = EpisodeConfig.n_way
+    """Classes a task."""
+    n_query: int | None = EpisodeConfig.n_query
+    """Query images a class; None: 1."""
+
+
+@dataclass(frozen=True)
+class ValidationInner:
+    """How pre-training's validation fits a fresh head to a task's support set."""
+
+    lr: float = InnerConfig.lr
+    """Step size against the mean support loss."""
+    test_lr: float | None = InnerConfig.test_lr
+    """Goes before `lr`; None: `lr`."""
+    test_steps: int = InnerConfig.test_steps
+    """Steps."""
+
+
+@dataclass(frozen=True)
 class MetaConfig:
     """Meta-training on tasks."""
 
