@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
-from .cli_tools import Build, Data, Doctor, Export, Import, Predict, Presets, Tune
+from .cli_tools import Build, Data, Doctor, Embed, Export, Import, Predict, Presets, Tune
 from .config import (
     RECIPES,
     Config,
@@ -203,32 +203,6 @@ class MetaTrain(_Run):
         with command_ranks(self.device, self.rank_timeout) as ranks:
             path = meta_train(config, self.pretrained, self.output, **options, ranks=ranks)
             ranks.say(f"meta-trained model: {path}")
-
-
-@dataclass(frozen=True)
-class Embed:
-    """Embed every image of a split once, into a file that `evaluate --embeddings` tests without images."""
-
-    checkpoint: Path
-    """Model file, or run folder, of `pretrain` or `meta-train`."""
-    output: Path
-    """File to write, such as features.safetensors."""
-    data: str | None = None
-    """Another data source than the one trained on."""
-    split: Literal["train", "val", "test"] = "test"
-    """Which split."""
-    mirror: bool = False
-    """Embed the mirror images as well, for evaluation.mirror-support."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, …"""
-
-    def run(self) -> None:
-        from .training.embeddings import embed_split
-        from .training.ranks import refuse_ranks
-
-        refuse_ranks("embed")
-        store = embed_split(**{name: getattr(self, name) for name in self.__dataclass_fields__})
-        print(f"embeddings: {self.output} ({store.n_images} images, {store.n_classes} classes)")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Commands around training: kernels, this machine, data, labels for one's own images, weights from and for others."""
+"""Commands around training: kernels, this machine, data, features, labels for own images, weights from and for others."""
 
 from __future__ import annotations
 
@@ -110,6 +110,32 @@ class Data:
         sheet = self.output / "contact_sheet.png"
         write_contact_sheet(sheet, {name: split.store for name, split in info.splits.items()})
         print(f"{info}\nSome of it: {sheet}")
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embed every image of a split once, into a file that `evaluate --embeddings` tests without images."""
+
+    checkpoint: Path
+    """Model file, or run folder, of `pretrain` or `meta-train`."""
+    output: Path
+    """File to write, such as features.safetensors."""
+    data: str | None = None
+    """Another data source than the one trained on."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which split."""
+    mirror: bool = False
+    """Embed the mirror images as well, for evaluation.mirror-support."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, …"""
+
+    def run(self) -> None:
+        from .training.embeddings import embed_split
+        from .training.ranks import refuse_ranks
+
+        refuse_ranks("embed")
+        store = embed_split(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+        print(f"embeddings: {self.output} ({store.n_images} images, {store.n_classes} classes)")
 
 
 @dataclass(frozen=True)

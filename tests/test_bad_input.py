@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +122,38 @@ def test_a_wrong_option_is_named_with_status_2(
     assert OPTIONS[line] in text
     assert "Traceback" not in text
     assert names(folder) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data info {}",
+        "evaluate --checkpoint {}",
+        "evaluate --embeddings {}",
+        "embed --checkpoint any --output {}",
+        "import any --output {}",
+        "export {} --format onnx --output any",
+        "predict {}",
+        "pretrain --output run --data.source {}",
+    ],
+)
+def test_a_path_that_cannot_be_looked_at_is_named(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it exists is an error too where a folder on the way is closed, which no folder is to the superuser."""
+    before = names(folder)
+    long, closed = folder / ("n" * 300), folder / "closed" / "inside"
+    stat = Path.stat
+
+    def refused(self: Path, **options: Any) -> Any:
+        if closed in (self, *self.parents):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    for path, reason in ((long, "File name too long"), (closed, "Permission denied")):
+        assert main(command.format(path).split()) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert (str(path) in err, reason in err, err.count("\n")) == (True, True, 1), err
+        assert names(folder) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import resource
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import pytest
 import torch
 
 from mtl_fast.cli import main
-from mtl_fast.config import preset
 from mtl_fast.training import pretrain
 from tests.training import tiny
 
@@ -333,38 +330,6 @@ def test_a_loss_that_is_not_finite_says_what_to_try(
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "data info {}",
-        "evaluate --checkpoint {}",
-        "evaluate --embeddings {}",
-        "embed --checkpoint any --output {}",
-        "import any --output {}",
-        "export {} --format onnx --output any",
-        "predict {}",
-        "pretrain --output run --data.source {}",
-    ],
-)
-def test_a_path_that_cannot_be_looked_at_is_named(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
-) -> None:
-    """Whether it exists is an error too where a folder on the way is closed, which no folder is to the superuser."""
-    long = str(tmp_path / ("n" * 300))
-    monkeypatch.chdir(tmp_path)
-    refuses(command.format(long).split(), f"{long}", "File name too long", keeps=(tmp_path,))
-    closed = tmp_path / "closed" / "inside"
-    stat = Path.stat
-
-    def refused(self: Path, **options: Any) -> Any:
-        if closed in (self, *self.parents):
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return stat(self, **options)
-
-    monkeypatch.setattr(Path, "stat", refused)
-    refuses(command.format(closed).split(), f"{closed}: Permission denied")
-
-
 def test_an_option_that_does_not_exist_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["pretrain", "--output", "x", "--epochs=3"], ["embed"], ["fly"], []):
         with pytest.raises(SystemExit) as caught:
@@ -396,32 +361,10 @@ def test_help_names_every_option_with_its_meaning(command: str, capsys: pytest.C
             assert all(part in text for part in meaning), text
 
 
-def test_pretraining_has_no_options_that_it_would_not_use(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its validation is 1-shot and fits a fresh head, whatever the tasks and the inner loop to come."""
-    command = ["pretrain", "--output", str(tmp_path / "run"), f"--data.source={data}", *NETWORK, *PRETRAIN]
-    for unused in (
-        *("--episodes.n-shot=5", "--episodes.n-query-train=3", "--inner.train-steps=3"),
-        *("--inner.order=first", "--inner.checkpoint", "--inner.adapt=all"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            main([*command, unused])
-        assert caught.value.code == 2
-        assert unused.partition("=")[0] in capsys.readouterr().err
-    used = ["--episodes.n-way=3", "--episodes.n-query=4", "--inner.lr=0.3", "--inner.test-lr=0.2"]
-    assert main([*command, *used, "--inner.test-steps=7", "--preset=maml"]) == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    recipe = preset("maml")
-    episodes, inner = recipe.episodes, recipe.inner
-    assert config["episodes"] == vars(replace(episodes, n_way=3, n_query=4))
-    assert config["inner"] == vars(replace(inner, lr=0.3, test_lr=0.2, test_steps=7))
-
-
 def test_defaults_are_those_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, epochs in (("paper", "100"), ("glyphs-quick", "1")):
+    for preset, epochs in (("paper", "100"), ("glyphs-quick", "1")):
         with pytest.raises(SystemExit):
-            main(["pretrain", "--preset", name, "--help"])
+            main(["pretrain", "--preset", preset, "--help"])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert f"Passes over the training images. (default: {epochs})" in text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,26 @@ def test_a_test_may_leave_the_mirror_images_out(data: Path, tmp_path: Path) -> N
         assert main([*test, *given, "--output", str(tmp_path / f"{expected}")]) == 0
         config = json.loads((tmp_path / f"{expected}" / "evaluation.json").read_text())["config"]
         assert config["evaluation"]["mirror_support"] is expected
+
+
+def test_pretraining_has_no_options_that_it_would_not_use(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its validation is 1-shot and fits a fresh head, whatever the tasks and the inner loop to come."""
+    command = ["pretrain", "--output", str(tmp_path / "run"), f"--data.source={data}", "--preset=maml"]
+    command += ["--encoder.widths=4", "--device=cpu", *SHORT["pretrain"]]
+    for unused in (
+        *("--episodes.n-shot=5", "--episodes.n-query-train=3", "--inner.train-steps=3"),
+        *("--inner.order=first", "--inner.checkpoint", "--inner.adapt=all"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, unused])
+        assert caught.value.code == 2
+        assert unused.partition("=")[0] in capsys.readouterr().err
+    used = ["--episodes.n-way=3", "--episodes.n-query=4", "--inner.lr=0.3", "--inner.test-lr=0.2"]
+    assert main([*command, *used, "--inner.test-steps=7"]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    recipe = preset("maml")
+    episodes, inner = recipe.episodes, recipe.inner
+    assert config["episodes"] == vars(replace(episodes, n_way=3, n_query=4))
+    assert config["inner"] == vars(replace(inner, lr=0.3, test_lr=0.2, test_steps=7))
