@@ -1,4 +1,4 @@
-"""Where the user's cache lies, and files replaced in one step: a kill leaves the old one or the new one, no mixture."""
+"""Where the user's cache lies, text as bytes, and files replaced in one step: a kill leaves the old one or the new one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from pathlib import Path
 def user_cache(name: str) -> Path:
     """The package's folder of that name in the user's cache; not made."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtl_fast" / name
+
+
+def utf8(text: str) -> bytes:
+    """A text in UTF-8; a byte of a file's name that is no text becomes its escape, such as ``\\udcff``.
+
+    In JSON that is what it is read back from.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def replace_file(path: Path, parts: Iterable[bytes | memoryview], *, shared: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mtl_fast.cli import main
 from mtl_fast.data.recognise import FORMATS
+from mtl_fast.training.embeddings import load_embeddings
 from tests.data.cases import pictures, write
 from tests.data.copies import COPIES, TIERED_IMAGES, tiered
 from tests.training import tiny
@@ -163,3 +165,35 @@ def test_help_says_what_each_option_means(capsys: pytest.CaptureFixture[str]) ->
         "--image-size",
     ):
         assert part in text
+
+
+def test_names_that_are_no_text_go_through_all_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also past a terminal that takes UTF-8 alone."""
+    monkeypatch.chdir(tmp_path)
+    source = "by\udcff"
+    for folder in sorted(tiny.write_class_folders(Path(source), n_images=17).glob("*/*")):
+        folder.rename(folder.with_name(f"{folder.name}\udcff"))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", terminal)
+    device, few = "--device=cpu", "--evaluation.n-tasks=4"
+    pretraining = ["pretrain", "--output=pre\udcff", f"--data.source={source}", device, "--pretrain.epochs=1"]
+    pretraining += ["--encoder.widths", "4", "4", "4", "4", "--pretrain.validation-tasks=4"]
+    training = ["meta-train", "--pretrained=pre\udcff", "--output=meta", f"--data.source={source}", device]
+    training += ["--meta.n-tasks=4", "--meta.random-tasks-per-round=2", "--meta.hard-tasks-per-round=2"]
+    training += ["--meta.validation-tasks=4", "--meta.validate-every=4", "--inner.test-steps=2"]
+    for command in (
+        ["data", "info", source],
+        pretraining,
+        [*pretraining, "--resume"],
+        training,
+        ["embed", "--checkpoint=meta", "--output=features", device],
+        ["evaluate", "--embeddings=features", few, device],
+        ["evaluate", "--checkpoint=meta", "--output=test\udcff", few, device],
+    ):
+        assert main(command) == 0, command
+    terminal.flush()
+    assert b"pre\xff" in terminal.buffer.getvalue()  # type: ignore[attr-defined]  # of BytesIO
+    names = load_embeddings("features").store.class_names
+    assert sorted(names) == sorted(path.name for path in Path(source, "test").iterdir())

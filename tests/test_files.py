@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from mtl_fast.files import replace_file
+from mtl_fast.files import replace_file, utf8
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -76,3 +77,9 @@ def test_many_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
         seen.add(path.read_bytes())
     assert seen <= set(contents)
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_text_is_utf8_whatever_a_name_holds_and_json_gives_it_back() -> None:
+    assert utf8("Vögel 鳥") == "Vögel 鳥".encode()
+    for name in ("a\udcff", "\\\udcff\\", '"\udc80"'):
+        assert json.loads(utf8(json.dumps(name, ensure_ascii=False)).decode()) == name

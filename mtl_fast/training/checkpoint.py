@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mtl_fast.errors import InputError
-from mtl_fast.files import replace_file
+from mtl_fast.files import replace_file, utf8
 
 FORMAT = "mtl_fast checkpoint"
 VERSION = 1
@@ -47,7 +47,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     """
     path = Path(path)
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(meta, ensure_ascii=False)
+    text = utf8(json.dumps(meta, ensure_ascii=False)).decode()
     header = {"format": FORMAT, "version": str(VERSION), "meta": text}
     header["sha256"] = _digest(stored, str(VERSION), text)
     payload = safetensors.torch.save(stored, header)

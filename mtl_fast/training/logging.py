@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mtl_fast.errors import InputError
-from mtl_fast.files import replace_file
+from mtl_fast.files import replace_file, utf8
 
 Value = float | int | str | None
 
@@ -86,7 +86,7 @@ class RunLog:
                 self._columns += new
                 self._rewrite(_read(self.path)[1])
                 self._file = self._opened()
-            line = self._line({"step": step, **values}).encode("utf-8")
+            line = utf8(self._line({"step": step, **values}))
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
@@ -97,7 +97,7 @@ class RunLog:
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, str):
-                    self._board.add_text(name, value, step)
+                    self._board.add_text(name, utf8(value).decode(), step)
                 elif value is not None:
                     self._board.add_scalar(name, value, step)
         self._progress.show({name: value for name, value in numbers.items() if name != "step"})
@@ -139,7 +139,7 @@ class RunLog:
 
     def _rewrite(self, rows: Iterable[dict[str, str]]) -> None:
         text = self._line({name: name for name in self._columns}) + "".join(map(self._line, rows))
-        replace_file(self.path, [text.encode("utf-8")])
+        replace_file(self.path, [utf8(text)])
 
     def _line(self, values: dict[str, Any]) -> str:
         text = io.StringIO()

@@ -19,6 +19,7 @@ from ..data.store import ImageStore
 from ..engine.memory import free_memory
 from ..engine.ranks import CommonEnd, Ranks, SharedInputError, join, launched
 from ..errors import InputError
+from ..files import utf8
 from ..nn import Encoder
 from ..random_streams import RandomStreams
 from .checkpoint import first_difference
@@ -129,7 +130,7 @@ def require_same_state(
 
 def store_digest(store: ImageStore) -> str:
     """SHA-256 of a split's class names, labels and evenly spaced images: cheap, and another order shows."""
-    digest = hashlib.sha256("\0".join(store.class_names).encode())
+    digest = hashlib.sha256(utf8("\0".join(store.class_names)))
     rows = torch.arange(0, store.n_images, -(-store.n_images // _SAMPLED), device=store.images.device)
     for tensor in (store.labels, store.images[rows]):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import Config
 from ..engine.ranks import ALONE, CommonEnd, Ranks
 from ..errors import InputError
-from ..files import replace_file
+from ..files import replace_file, utf8
 from ..kernels import native
 from ..kernels.native.build import runnable_variants
 from ..ops.backend import ENVIRONMENT_VARIABLE
@@ -224,8 +224,8 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of a text in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` of a text in UTF-8, as `utf8` makes it."""
+    write_bytes(path, utf8(text))
 
 
 def write_bytes(path: Path, payload: bytes) -> None:

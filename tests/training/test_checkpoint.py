@@ -345,3 +345,9 @@ def test_a_commit_tells_whether_code_differs_from_it(tmp_path: Path) -> None:
         assert changed == f"{clean}+changes"
         assert cp.short_commit(changed) == f"{clean[:12]} with changes"
         (tmp_path / name).write_text("1")
+
+
+def test_names_of_any_bytes_come_back(tmp_path: Path) -> None:
+    meta = {"class_names": ["a\udcff", "Vögel"], "source": "by\udcff"}
+    cp.save(tmp_path / "c", {}, meta)
+    assert cp.load(tmp_path / "c")[1] == meta

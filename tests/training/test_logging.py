@@ -188,3 +188,11 @@ def test_without_tensorboard_the_csv_is_enough(tmp_path: Path, monkeypatch: pyte
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_name_that_is_no_text_is_logged_and_read_again(tmp_path: Path) -> None:
+    with RunLog(tmp_path, stream=io.StringIO()) as log:
+        log.row(1, hardest="a\udcff ×2")
+    with RunLog(tmp_path, step=1, stream=io.StringIO()) as log:
+        log.row(2, hardest="b", loss=1.0)
+    assert [row["hardest"] for row in read_log(tmp_path / "log.csv")] == ["a\\udcff ×2", "b"]
