@@ -197,7 +197,8 @@ def _kernels() -> Iterator[Finding]:
 
     try:
         tools = build.Tools.found()
-        yield Finding("compiler", f"{tools.compiler} ({tools.version.splitlines()[0]})")
+        version = tools.version.partition("\n")[0]
+        yield Finding("compiler", f"{tools.compiler} ({version})")
     except build.NoCompilerError as error:
         yield Finding(
             "compiler",

@@ -83,6 +83,19 @@ def test_missing_kernels_and_compiler_are_advised_on(
     assert "not native: nothing was built" in line(text, "ss_conv")
 
 
+def test_a_compiler_that_says_nothing_of_itself_or_is_no_command_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tools = build.Tools("quiet", "", "ninja")
+    monkeypatch.setattr(build.Tools, "found", lambda: tools)
+    assert next(doctor._kernels()).value == "quiet ()"
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("CXX", '"g++')
+    found = next(doctor._kernels())
+    assert (found.name, found.state) == ("compiler", "could be better")
+
+
 def test_a_package_that_must_be_there_is_wrong_an_optional_one_is_not() -> None:
     assert doctor._installed("no-such-package", None).state == "wrong"
     optional = doctor._installed("no-such-package", "nothing")

@@ -204,13 +204,20 @@ class Tools:
             )
         named = os.environ.get("CXX")
         candidates = [named] if named else ["c++", "g++", "clang++"]
-        compiler = next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
+        compiler = next((name for name in candidates if _is_program(name)), None)
         if compiler is None:
             looked = f"CXX={named!r} is no program" if named else "none of c++, g++, clang++ is on the path"
             raise NoCompilerError(
                 f"no C++ compiler: {looked}; install one (Debian: g++) or go on with the torch backend"
             )
-        version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
+        try:
+            asked = [*shlex.split(compiler), "--version"]
+            version = subprocess.run(asked, capture_output=True, text=True, errors="replace").stdout
+        except OSError as error:
+            raise NoCompilerError(
+                f"no C++ compiler: {compiler!r} does not start ({error.strerror}); name another one in CXX or go on with "
+                "the torch backend"
+            ) from error
         folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         ninja = shutil.which("ninja", path=os.pathsep.join(folders))
         if ninja is None:
@@ -222,6 +229,15 @@ class Tools:
     def key(self) -> str:
         """Tells compilers apart."""
         return _short_hash(self.compiler, self.version)
+
+
+def _is_program(command: str) -> bool:
+    """Whether a command, perhaps of several words, begins with a program."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        return False
+    return bool(words) and shutil.which(words[0]) is not None
 
 
 def _build_one(

@@ -241,6 +241,28 @@ def test_what_is_missing_is_named(missing: str, monkeypatch: pytest.MonkeyPatch,
     assert not (tmp_path / "built").exists()
 
 
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        (" ", "CXX=' ' is no program"),
+        ('"g++', "CXX='\"g++' is no program"),
+        ("{folder}/broken -O3", "broken -O3' does not start (Exec format error)"),
+    ],
+    ids=["blank", "open quotation", "no program in it"],
+)
+def test_a_compiler_that_is_no_command_is_named(
+    named: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\0")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("CXX", named.format(folder=tmp_path))
+    with pytest.raises(shipped.NoCompilerError, match=re.escape(says)) as caught:
+        shipped.Tools.found()
+    assert "torch backend" in str(caught.value)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_neon_compiles_but_is_not_run(tmp_path: Path) -> None:
