@@ -262,7 +262,7 @@ def commands(config: Config) -> dict[str, Any]:
     """The commands with the defaults of a recipe."""
     common: dict[str, Any] = {"output": tyro.MISSING, "data": config.data}
     shape, inner = config.episodes, config.inner
-    validation = {
+    validation: dict[str, Any] = {
         "episodes": ValidationEpisodes(shape.n_way, shape.n_query),
         "inner": ValidationInner(inner.lr, inner.test_lr, inner.test_steps),
     }

@@ -180,7 +180,10 @@ class Presets:
 class Import:
     """Make a model file of weights from elsewhere: MTL's TensorFlow .npy or PyTorch .pth, or LibFewShot's .pth."""
 
-    files: tyro.conf.Positional[tuple[Path, ...]]
+    files: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(required)"),
+    ]
     """A .pth, or TensorFlow's weights.npy with, of a meta-trained model, its ss_weights.npy and fc_weights.npy."""
     output: Path
     """Model file to write, such as model.safetensors."""

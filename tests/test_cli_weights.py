@@ -15,7 +15,15 @@ from tests.training.foreign_networks import Learner, ResNet25, trained
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("import", ["PATH", "--format {auto,tensorflow,pytorch,libfewshot}", "`auto` looks inside"]),
+        (
+            "import",
+            [
+                "FILE [FILE ...]",
+                "(required)",
+                "--format {auto,tensorflow,pytorch,libfewshot}",
+                "`auto` looks inside",
+            ],
+        ),
         ("export", ["PATH", "--format {state-dict,torch,onnx}", "an ordinary network"]),
     ],
 )
@@ -25,6 +33,7 @@ def test_help_names_the_formats(command: str, says: list[str], capsys: pytest.Ca
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(part in text for part in ("--output PATH", *says)), text
+    assert "(default: )" not in text
 
 
 def test_weights_in_and_out_compute_what_they_did(tmp_path: Path) -> None:

@@ -158,6 +158,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
     if not path.is_file():
         raise InputError(f"{path}: no such file of embeddings; `mtl-fast embed` makes one")
     try:
+        path.open("rb").close()  # the library calls a file without permission one that does not exist
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
         with safetensors.safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if header.get("format") != checkpoints.FORMAT:

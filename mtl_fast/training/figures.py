@@ -7,7 +7,6 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; a mark or a 
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from ..files import replace_file
+from .font import distinct, drawable
 
 WIDTH, DPI = 1600, 160
 INK, GREY, PALE = "#1b1f24", "#6b7280", "#e5e7eb"
@@ -197,7 +197,7 @@ def episode_picture(
         support: uint8 [n_way, n_shot, H, W, 3].
         query: uint8 [m, H, W, 3].
         query_labels, predictions: integers [m] in 0..n_way-1.
-        class_names: [n_way]; characters that the font lacks are left out.
+        class_names: [n_way]; drawn as `font.distinct` makes them.
         max_query, max_shot: most images shown of each class, and 13 in all, always the first ones; the head
             line counts all queries.
         title: head line; the count of right answers follows it.
@@ -215,6 +215,7 @@ def episode_picture(
             f"and n_way names; they are {list(images.shape)}, {list(queries.shape)}, {list(labels.shape)}, "
             f"{list(predicted.shape)} and {n_way}"
         )
+    class_names = distinct(class_names)
     counts = [int((labels == c).sum()) for c in range(n_way)]
     n_support = min(images.shape[1], max_shot)
     n_query = min(max(counts), max_query, 13 - n_support)
@@ -262,18 +263,6 @@ def episode_picture(
                         middle, top + cell + 24, taken, 17, 7, WRONG, "bold", cell + between - 4, "center"
                     )
         write_picture(figure, Path(path))
-
-
-@functools.cache
-def _known_characters() -> frozenset[int]:
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
-
-
-def drawable(text: str) -> str:
-    """What of a name the font has; a missing character would be an empty box and a warning."""
-    return " ".join("".join(c for c in text if ord(c) in _known_characters()).split()) or "?"
 
 
 class Page:

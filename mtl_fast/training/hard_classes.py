@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .figures import GREY, INK, PALE, RIGHT, WIDTH, blank_figure, drawable, write_picture
+from .figures import GREY, INK, PALE, RIGHT, WIDTH, blank_figure, write_picture
+from .font import drawable
 from .run import write_text
 
 LINES, PICTURE = "hard_classes.jsonl", "hard_classes.png"

@@ -46,7 +46,7 @@ def build_encoder(
     if image_size < SMALLEST_IMAGE and config.name != "resnet25":
         raise InputError(
             f"images of {image_size}×{image_size} pixels are too small for {config.name}, which halves its map four "
-            f"times; set --data.image-size to at least {SMALLEST_IMAGE}"
+            f"times; set --data.image-size (of import: --image-size) to at least {SMALLEST_IMAGE}"
         )
     encoder: Encoder
     if config.name == "conv4":

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .figures import GREY, WIDTH, Page, blank_figure, write_picture
+from .font import distinct
 
 MAX_CLASSES, MAX_SHOT, MAX_IMAGES = 40, 3, 120
 # Pixels: margin, height of the head, cell of an example, cell of an image and the space under it for its caption.
@@ -31,7 +32,7 @@ def prediction_picture(
     Args:
         path: the PNG.
         support: of each of C classes its examples, uint8 [n, H, W, 3].
-        class_names: [C]; characters that the font lacks are left out.
+        class_names: [C]; drawn as `font.distinct` makes them, which counts in the order of the table's columns.
         images: uint8 [M, H, W, 3].
         predicted: [M], in 0..C-1.
         probabilities: [M, C].
@@ -39,6 +40,7 @@ def prediction_picture(
     Raises:
         InputError: it cannot be written.
     """
+    class_names = distinct(class_names)
     n_classes, n_images = min(len(class_names), MAX_CLASSES), min(len(images), MAX_IMAGES)
     rows = -(-n_images // _COLUMNS)
     pitch = _IMAGE + _CAPTION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -206,4 +207,17 @@ def test_a_file_replaced_while_it_is_opened_is_named(
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
     with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_embeddings(file)
+
+
+def test_a_file_without_permission_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = foreign(tmp_path / "f.safetensors")
+
+    def refused(self: Path, *_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(InputError, match=r"f\.safetensors: cannot be read \(Permission denied\)$"):
         load_embeddings(file)

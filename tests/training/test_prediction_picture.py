@@ -48,6 +48,14 @@ def test_names_of_any_kind_are_drawn(tmp_path: Path) -> None:
     draw(tmp_path / "a.png", 3, 1, 3, c0="", c1="ก่\udcff$x^2$\n", c2="a very long name " * 4)
 
 
+def test_names_that_the_font_lacks_are_told_apart(tmp_path: Path) -> None:
+    picture = draw(tmp_path / "a.png", 2, 1, 1, c0="鳥", c1="猫")
+    left = slice(0, 36 + 150)  # the margin and the column of names
+    rows = [picture[130 + 86 * c : 130 + 86 * c + 72, left] for c in range(2)]
+    assert rows[0].min() < 200, "a name stands there"
+    assert (rows[0] != rows[1]).any()
+
+
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     with pytest.raises(InputError, match=r"a\.png: cannot be written \(.+\); free some space"):
