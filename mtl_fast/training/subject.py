@@ -163,7 +163,8 @@ def features_subject(
             f"{file}: holds features of {held}, --evaluation.split asks for {asked}; leave that out, or "
             f"`mtl-fast embed --split {asked}` makes those"
         )
-    evaluation = replace(changes.evaluation, split=split or changes.evaluation.split)
+    kept: Any = split or changes.evaluation.split
+    evaluation = replace(changes.evaluation, split=kept)
     config = replace(changes, adapt="head", evaluation=evaluation).over(found.config)
     if config.evaluation.mirror_support and found.store.mirrored is None:
         raise InputError(
