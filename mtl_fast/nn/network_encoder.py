@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class NetworkEncoder(Encoder):
     Raises:
         ValueError: a batch norm without running statistics: a feature would depend on the other images.
     """
+
+    _contiguous = False  # whether it has asked for images that lie by rows of one channel
 
     def __init__(self, network: nn.Module, feature_dim: int) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class NetworkEncoder(Encoder):
                 "n_groups, mask: a NetworkEncoder has stored statistics only; use norm 'frozen', or an encoder "
                 "of this package for batch statistics"
             )
-        features = self.network(images)
+        features = self._output(images)
         expected = (len(images), self.feature_dim)
         if not isinstance(features, Tensor) or features.shape != expected:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -99,3 +101,15 @@ class NetworkEncoder(Encoder):
                 "its features, pooled and flattened, and name their width"
             )
         return Embeddings(features, Statistics())
+
+    def _output(self, images: Tensor) -> Any:
+        """The network's output; it gets channels-last images, or contiguous ones where it asks for those."""
+        if not self._contiguous:
+            try:
+                return self.network(images)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error):
+                    raise
+                # It ends with `x.view(len(x), -1)`, as Conv-4 is often written.
+                self._contiguous = True
+        return self.network(images.contiguous())

@@ -47,6 +47,31 @@ def test_features_are_the_network_s() -> None:
     assert encoder.refresh() == (None,) * 5
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_network_that_ends_with_a_view_gets_contiguous_images(backend: str) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(self.conv(x), 4)
+            return x.view(x.size(0), -1)
+
+    torch.manual_seed(0)
+    network, x = Viewed(), torch.randn(2, 3, 8, 8)
+    encoder = NetworkEncoder(convert(network, backend=backend), 16)
+    for given in (x.contiguous(memory_format=torch.channels_last), x):
+        assert_near(encoder(given), network(x), 1e-5)
+
+    class Wrong(Viewed):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ x
+
+    with pytest.raises(RuntimeError, match=r"must match|size mismatch|shapes"):
+        NetworkEncoder(Wrong(), 16)(x)
+
+
 def test_it_stays_in_evaluation_mode() -> None:
     encoder = encoder_of(convert(user_network()))
     expected, mean = encoder(user_images()), encoder.network.norm.running_mean.clone()
