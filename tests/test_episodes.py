@@ -175,20 +175,6 @@ def test_rows_of_a_support_set_in_any_order():
     assert torch.equal(found[:, :, :N_SHOT].sort(dim=2).values, expected[:, :, :N_SHOT].sort(dim=2).values)
 
 
-@pytest.mark.parametrize(
-    "labels", [[0, 0, 0, 1, 1, 2, 1, 2, 2], [0, 0, 1, 1, 1, 1, 2, 2, 2]], ids=["order", "count"]
-)
-def test_queries_are_in_the_order_of_their_classes(labels):
-    episodes = make_sampler().sample(2)
-    query_labels = torch.stack([episodes.query_labels[0], torch.tensor(labels)])
-    says = re.escape(
-        f"query_labels: those of task 1 are {labels}; give queries in the order of their classes, 3 of each"
-    )
-    with pytest.raises(ValueError, match=says):
-        replace(episodes, query_labels=query_labels)
-    assert replace(episodes, query_labels=query_labels.to("meta")).n_query == 3
-
-
 def test_shapes_that_do_not_fit():
     tensors = vars(make_sampler().sample(2))
     with pytest.raises(ValueError, match=r"support: .*\[2, 5\] for classes \[2, 3\]"):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +39,20 @@ class StepOutput(NamedTuple):
 
 
 def class_accuracy(logits: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """Query accuracy of each class, [T, n_way]; queries are class-major, as `Episodes` holds them."""
+    """Query accuracy of each class, [T, n_way]; queries are class-major, as `Episodes` holds them.
+
+    Raises:
+        ValueError: queries in another order; looked at on the CPU only, so that nothing is read back from a GPU.
+    """
+    if labels.device.type == "cpu" and type(labels) is Tensor:
+        # NumPy's: what runs on a GPU as well has no part in it.
+        found, n_query = labels.numpy(), labels.shape[1] // n_way
+        wrong = (found != np.arange(n_way).repeat(n_query)).any(axis=1)
+        if wrong.any():
+            first = found[int(wrong.argmax())].tolist()
+            raise ValueError(
+                f"query_labels: those of a task are {first}; give queries in the order of their classes, {n_query} of each"
+            )
     correct = (logits.argmax(dim=-1) == labels).to(torch.float32)
     return correct.view(len(labels), n_way, labels.shape[1] // n_way).mean(dim=-1)
 

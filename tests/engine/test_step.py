@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_fast.data.store import ImageStore
-from mtl_fast.engine import EpisodicEngine, Preprocess
+from mtl_fast.engine import EpisodicEngine, Preprocess, evaluate
 from mtl_fast.engine.base import class_accuracy
 from mtl_fast.episodes import Episodes
 from mtl_fast.nn import Encoder, LinearHead
@@ -286,6 +287,26 @@ def test_unknown_settings_are_errors(small_store: ImageStore) -> None:
         make_engine(small_store, inner_lr=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(ValueError, match="inner_steps: expected at least 0, got -3"):
         make_engine(small_store, inner_steps=-3)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 0, 1, 1, 2, 1, 2, 2], [0, 0, 1, 1, 1, 1, 2, 2, 2]], ids=["order", "count"]
+)
+def test_queries_are_in_the_order_of_their_classes(small_store: ImageStore, labels: list[int]) -> None:
+    episodes = tasks(small_store, 2)
+    n_query = episodes.n_query
+    own = torch.tensor(labels)
+    shuffled = replace(episodes, query_labels=torch.stack([episodes.query_labels[0], own]))
+    says = f"{own.tolist()}; give queries in the order of their classes, {n_query} of each"
+    engine = make_engine(small_store)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        engine.step(shuffled)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        evaluate(engine.encoder, engine.head, small_store, shuffled, PREPROCESS, inner_lr=0.1, inner_steps=1)
+    assert class_accuracy(torch.zeros(1, 3 * n_query, 3, device="meta"), own[None].to("meta"), 3).shape == (
+        1,
+        3,
+    )
 
 
 def test_dropout_is_an_error(small_store: ImageStore) -> None:
