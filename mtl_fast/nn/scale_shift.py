@@ -64,10 +64,10 @@ class ChannelNorm2d(nn.Module):
 
 
 def _written(weight: Tensor) -> tuple[int, int]:
-    """Where its values lie and how often they were written to, in place; zeros where that is not counted."""
+    """Whose memory its values lie in and how often they were written to, in place; zeros where that is not counted."""
     if torch.compiler.is_compiling() or weight.is_inference():
         return 0, 0
-    return weight.data_ptr(), weight._version
+    return weight.untyped_storage()._cdata, weight._version
 
 
 class ScaleShiftConv2d(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtl_fast.nn import ChannelNorm2d, ScaleShiftConv2d
 from mtl_fast.nn.scale_shift import interleave
@@ -174,6 +175,13 @@ def test_filters_are_those_of_the_present_weight(
     if way is by_copy:
         assert torch.equal(conv(images()), before)
         assert conv.filters is first
+
+
+def test_tensors_that_hold_nothing_say_nothing() -> None:
+    with FakeTensorMode():
+        conv = make()
+        conv.freeze()
+        assert conv(torch.zeros(2, 4, 8, 8)).shape == conv(torch.zeros(2, 4, 8, 8)).shape
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
