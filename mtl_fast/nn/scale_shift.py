@@ -198,11 +198,10 @@ class ScaleShiftConv2d(nn.Module):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             padded = F.pad(x, outer, mode=mode)
         y = ss_conv(padded, self.operands(), backend=self.backend)
-        if x.stride(1) != 1 and self.weight.is_contiguous():
-            y = y.contiguous()
+        own = y.contiguous() if x.stride(1) != 1 and self.weight.is_contiguous() else y
         # A filter's gradient is taken from the output that the kernel keeps: what follows may write over its own.
         by_filter = self.scale is not None and self.scale.shape[1] == 1
-        return y.clone() if by_filter and y.requires_grad else y
+        return y.clone() if own is y and by_filter and y.requires_grad else own
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files start afresh: what was derived belongs to this weight and this process.
