@@ -15,9 +15,9 @@ Weights = dict[str, Tensor]
 
 
 def conv4(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """[n, 3, H, W] → logits [n, C]; batch statistics of the images given."""
+    """[n, 3, H, W] → logits [n, C]; batch statistics of the images given, which take a convolution's bias out."""
     for i in range(N_LAYERS):
-        z = F.conv2d(x, weights[f"weight {i}"], weights[f"bias {i}"], padding=1)
+        z = F.conv2d(x, weights[f"weight {i}"], padding=1)
         z = F.batch_norm(z, None, None, weights[f"gamma {i}"], weights[f"beta {i}"], training=True)
         x = F.max_pool2d(F.relu(z), 2)
     return F.linear(x.flatten(1), weights["head weight"], weights["head bias"])

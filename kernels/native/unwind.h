@@ -88,7 +88,11 @@ struct Unwinding {
     at::parallel_for(0, g.n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t image = begin; image < end; ++image) {
         float* own = partial + image * rows * row;
-        image_rows(image, own, by_output ? own + row : nullptr, row);
+        if (pool) {
+          by_output ? image_rows<true, true>(image, own, row) : image_rows<false, true>(image, own, row);
+        } else {
+          by_output ? image_rows<true, false>(image, own, row) : image_rows<false, false>(image, own, row);
+        }
       }
       end_streams();
     });
@@ -101,87 +105,104 @@ struct Unwinding {
   }
 
  private:
-  void image_rows(int64_t image, float* sums, float* by_output, int64_t row) const {
-    const int64_t h = g.out_h(), w = g.out_w(), step = pool ? 2 : 1;
-    if (pool) clear_dropped(image);
-    for (int64_t y = 0; y < h / step; ++y) {
-      for (int64_t x = 0; x < w / step; ++x) {
-        const int64_t at = ((image * (h / step) + y) * (w / step) + x) * g.n_out;
-        const int64_t corner = ((image * h + y * step) * w + x * step) * g.n_out;
-        for (int64_t o = 0; pool && o < g.n_out; o += kLine) {
-          window(at + o, corner + o, o, sums + o, by_output ? by_output + o : nullptr, row);
-        }
-        for (int64_t o = 0; !pool && o < g.n_out; o += kLanes) {
-          const Value v = value(at + o, corner + o, o, sums + o, by_output ? by_output + o : nullptr, row);
-          if (inner) put(inner + at + o, v.d, v.lanes, streamed);
-        }
-      }
-    }
-  }
+  // Values along a row whose sums stay in registers.
+  static constexpr int64_t kRun = 16;
+  static constexpr int kVectors = kLine / kLanes;  // of a line
 
-  // What one value's gradient is made of.
-  struct Value {
-    VecInt code;
-    Vec upper, d;  // dL/dy and G
-    int lanes;
+  // A run of n values: the first, and the first pixel of its window (the same without pooling), of channel 0.
+  struct Run {
+    int64_t at, corner, n;
   };
 
-  // A line's channels, from `o` on, of the window whose value is at `at` and first pixel at `corner`.
-  void window(int64_t at, int64_t corner, int64_t o, float* sums, float* by_output, int64_t row) const {
-    constexpr int kVectors = kLine / kLanes;
-    Value values[kVectors];
-    int n = 0;
-    for (; n < kVectors && o + n * kLanes < g.n_out; ++n) {
-      const int64_t lane = n * kLanes;
-      values[n] = value(at + lane, corner + lane, o + lane, sums + lane, by_output ? by_output + lane : nullptr, row);
-    }
-    for (int place = 0; place < 4; ++place) {
-      const int64_t to = corner + (place / 2 * g.out_w() + place % 2) * g.n_out;
-      // The vectors of a line one right after the other, see `stream`.
-      for (int v = 0; v < n; ++v) spread(values[v], values[v].d, place, inner + to + v * kLanes);
-      for (int v = 0; residual_grad && v < n; ++v) {
-        spread(values[v], values[v].upper, place, residual_grad + to + v * kLanes);
+  // sums: Σ G [row] and, BY_OUTPUT, the three of `run`, a row each.
+  template <bool BY_OUTPUT, bool POOL>
+  void image_rows(int64_t image, float* sums, int64_t row) const {
+    constexpr int kStep = POOL ? 2 : 1;
+    const int64_t h = g.out_h() / kStep, w = g.out_w() / kStep;
+    if (POOL) clear_dropped(image);
+    for (int64_t y = 0; y < h; ++y) {
+      for (int64_t x = 0; x < w; x += kRun) {
+        const Run run{((image * h + y) * w + x) * g.n_out,
+                      ((image * g.out_h() + y * kStep) * g.out_w() + x * kStep) * g.n_out, std::min(kRun, w - x)};
+        int64_t o = 0;
+        for (; o + kLine <= g.n_out; o += kLine) {
+          line<BY_OUTPUT, POOL>(run, o, std::integral_constant<int, kLine>{}, sums, row);
+        }
+        if (o < g.n_out) line<BY_OUTPUT, POOL>(run, o, static_cast<int>(g.n_out - o), sums, row);
       }
     }
   }
 
-  // A window's gradient at one place of it.
-  void spread(const Value& value, Vec whole, int place, float* to) const {
-    put(to, select((value.code & 3) == place, whole, Vec{}), value.lanes, streamed);
-  }
-
-  // One vector, and its part of the sums.
-  Value value(int64_t at, int64_t corner, int64_t o, float* sums, float* by_output, int64_t row) const {
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, g.n_out - o));
-    const Vec upper = load_part(grad + at, lanes);
-    const VecInt code = codes ? load_codes(codes + at, lanes) : VecInt{};
-    const VecInt positive = (code & kPositive) != 0;
-    const Vec d = through_activation(activation, slope, code, upper);
-    store(sums, load(sums) + d);
-    if (by_output) {
-      const Vec t = load_part(shift + o, lanes);
-      Vec subtracted{};
-      const Vec term = d * (before(at, corner, lanes, code, positive, subtracted) - t);
-      store(by_output, load(by_output) + term);
-      store(by_output + row, load(by_output + row) + size(term));
-      store(by_output + 2 * row, load(by_output + 2 * row) + size(d) * (subtracted + size(t)));
+  // Channels o..o+channels of a run, at most a line: lines are written whole, see `stream`.
+  template <bool BY_OUTPUT, bool POOL, class Channels>
+  inline __attribute__((always_inline)) void line(const Run& run, int64_t o, Channels channels, float* sums,
+                                                  int64_t row) const {
+    Vec totals[BY_OUTPUT ? 4 : 1][kVectors]{};
+    const auto each = [&](const auto& fn) MTL_INLINED {
+      MTL_UNROLL for (int v = 0; v < kVectors; ++v) {
+        if (v * kLanes < channels) fn(v, v * kLanes, std::min<int>(kLanes, channels - v * kLanes));
+      }
+    };
+    for (int64_t i = 0; i < run.n; ++i) {
+      const int64_t at = run.at + i * g.n_out + o, corner = run.corner + i * (POOL ? 2 : 1) * g.n_out + o;
+      // The same line of the next run: a line at a time, rows are not what the processor's own prefetcher follows.
+      __builtin_prefetch(grad + at + kRun * g.n_out);
+      if (BY_OUTPUT) __builtin_prefetch(output + at + kRun * g.n_out);
+      VecInt code[kVectors]{};
+      Vec upper[kVectors], inner_grad[kVectors];
+      each([&](int v, int lane, int lanes) MTL_INLINED {
+        upper[v] = load_part(grad + at + lane, lanes);
+        if (codes) code[v] = load_codes(codes + at + lane, lanes);
+        const Vec d = inner_grad[v] = through_activation(activation, slope, code[v], upper[v]);
+        totals[0][v] = totals[0][v] + d;
+        if constexpr (BY_OUTPUT) {
+          const Vec t = load_part(shift + o + lane, lanes);
+          Vec subtracted{};
+          const Vec term = d * (before<POOL>(at + lane, corner + lane, lanes, code[v], subtracted) - t);
+          totals[1][v] = totals[1][v] + term;
+          totals[2][v] = totals[2][v] + size(term);
+          totals[3][v] = totals[3][v] + size(d) * (subtracted + size(t));
+        }
+      });
+      if constexpr (POOL) {
+        MTL_UNROLL for (int place = 0; place < 4; ++place) {
+          const int64_t to = corner + (place / 2 * g.out_w() + place % 2) * g.n_out;
+          const auto spread = [&](const Vec* whole, float* out) MTL_INLINED {
+            each([&](int v, int lane, int lanes) MTL_INLINED {
+              put(out + to + lane, select((code[v] & 3) == place, whole[v], Vec{}), lanes, streamed);
+            });
+          };
+          spread(inner_grad, inner);
+          if (residual_grad) spread(upper, residual_grad);
+        }
+      } else if (inner) {
+        each([&](int v, int lane, int lanes) MTL_INLINED { put(inner + at + lane, inner_grad[v], lanes, streamed); });
+      }
     }
-    return {code, upper, d, lanes};
+    each([&](int v, int lane, int) MTL_INLINED {
+      MTL_UNROLL for (int kind = 0; kind < (BY_OUTPUT ? 4 : 1); ++kind) {
+        float* sum = sums + kind * row + o + lane;
+        store(sum, load(sum) + totals[kind][v]);
+      }
+    });
   }
 
   // z with its shift, from y: undo the residual and the activation. Where the slope is 0 and y is not positive,
   // d is 0 and any finite value serves. `subtracted` takes the size of what z came from.
-  Vec before(int64_t at, int64_t corner, int lanes, VecInt code, VecInt positive, Vec& subtracted) const {
+  template <bool POOL>
+  inline __attribute__((always_inline)) Vec before(int64_t at, int64_t corner, int lanes, VecInt code,
+                                                   Vec& subtracted) const {
     Vec y = load_part(output + at, lanes), r{};
     if (residual) {
       r = load_part(residual + corner, lanes);
-      for (int place = 1; pool && place < 4; ++place) {
+      for (int place = 1; POOL && place < 4; ++place) {
         const Vec other = load_part(residual + corner + (place / 2 * g.out_w() + place % 2) * g.n_out, lanes);
         r = select((code & 3) == place, other, r);
       }
     }
     const float upwards = 1 / slope;
     const Vec inverse = broadcast(std::isfinite(upwards) ? upwards : 0.f);
+    const VecInt positive = (code & kPositive) != 0;
     Vec z;
     if (activation == Activation::kAfterResidual) {
       z = select(positive, y, y * inverse) - r;
@@ -193,7 +214,7 @@ struct Unwinding {
     return z;
   }
 
-  static Vec size(Vec v) { return select(v < 0, -v, v); }
+  static Vec size(Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<VecInt>(v) & 0x7fffffff); }
 
   // Pooling leaves an odd last row and column out: no gradient there.
   void clear_dropped(int64_t image) const {
