@@ -10,7 +10,7 @@ from mtl_fast.training.checkpoint import short_commit
 from mtl_fast.training.figures import INK, PALE, RIGHT, WIDTH, WRONG, blank_figure, write_picture
 
 from .harness import Target
-from .records import Record, latest, line_of, read, spread_of, words_of
+from .records import CONDITIONS, Record, latest, line_of, read, spread_of, words_of
 from .report import verdict, with_range
 from .scaling import picture as scaling_picture
 
@@ -22,7 +22,9 @@ def page(file: Path, folder: Path) -> None:
         ValueError: the file has no finished row, or only quick ones, which are not to be quoted; or rows of sources that
             have no name.
     """
-    all_of = [r for r in latest(read(file)).values() if not r["quick"]]
+    # A row that was measured again with more rounds is one row.
+    conditions = [name for name in CONDITIONS if name != "rounds"]
+    all_of = [r for r in latest(read(file), conditions).values() if not r["quick"]]
     found = [r for r in all_of if r["values"]]
     if not found:
         raise ValueError(f"{file}: no finished row that may be quoted; `python -m bench all` makes them")

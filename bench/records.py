@@ -107,15 +107,18 @@ def _words(found: Record, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(json.dumps(found[name], sort_keys=True) for name in names)
 
 
-def latest(records: Iterable[Record]) -> dict[tuple[str, ...], Record]:
-    """What the last measurement of each row found, by key, in the order in which rows first came.
+def latest(
+    records: Iterable[Record], conditions: Iterable[str] = CONDITIONS
+) -> dict[tuple[str, ...], Record]:
+    """What the last measurement of each row found under the same conditions, by key, in the order in which rows first came.
 
     Whatever an earlier one found is superseded: against peers that are others now, or before the row was refused.
     """
+    conditions = tuple(conditions)
     rows: dict[tuple[str, ...], dict[tuple[str, ...], Record]] = {}
     before = None
     for found in records:
-        row = (found["source"] or found["row"], *_words(found, CONDITIONS))
+        row = (found["source"] or found["row"], *_words(found, conditions))
         measurement = (*row, found["date"], found.get("time"))
         if measurement != before or key(found) in rows[row]:
             rows[row] = {}

@@ -184,6 +184,13 @@ def test_the_page_has_rows_with_targets_and_names_the_machine(tmp_path: Path) ->
     page(file, tmp_path / "page")
     assert (tmp_path / "page" / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert LINE.row in (tmp_path / "page" / "speed.md").read_text("utf-8")
+    # Measured again with more rounds, it is still one row.
+    again = record(replace(LINE, values=(5.0, 5.0)), replace(SETTINGS, rounds=2 * SETTINGS.rounds))
+    append(file, [again | {"time": "later"}])
+    page(file, tmp_path / "page")
+    rows = (tmp_path / "page" / "speed.md").read_text("utf-8")
+    assert rows.count(f"| {LINE.row} |") == 1
+    assert "**5×**" in rows
 
 
 def test_the_page_draws_shares_of_the_peak_and_scaling_where_there_are_such_rows(tmp_path: Path) -> None:
