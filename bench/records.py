@@ -119,7 +119,7 @@ def latest(
     before = None
     for found in records:
         row = (found["source"] or found["row"], *_words(found, conditions))
-        measurement = (*row, found["date"], found.get("time"))
+        measurement = (*row, *_words(found, CONDITIONS), found["date"], found.get("time"))
         if measurement != before or key(found) in rows[row]:
             rows[row] = {}
         rows[row][key(found)] = found

@@ -186,7 +186,7 @@ def test_the_page_has_rows_with_targets_and_names_the_machine(tmp_path: Path) ->
     assert LINE.row in (tmp_path / "page" / "speed.md").read_text("utf-8")
     # Measured again with more rounds, it is still one row.
     again = record(replace(LINE, values=(5.0, 5.0)), replace(SETTINGS, rounds=2 * SETTINGS.rounds))
-    append(file, [again | {"time": "later"}])
+    append(file, [again])
     page(file, tmp_path / "page")
     rows = (tmp_path / "page" / "speed.md").read_text("utf-8")
     assert rows.count(f"| {LINE.row} |") == 1
