@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,12 @@ def _words(found: Record, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def latest(
-    records: Iterable[Record], conditions: Iterable[str] = CONDITIONS
+    records: Iterable[Record], conditions: Sequence[str] = CONDITIONS
 ) -> dict[tuple[str, ...], Record]:
     """What the last measurement of each row found under the same conditions, by key, in the order in which rows first came.
 
     Whatever an earlier one found is superseded: against peers that are others now, or before the row was refused.
     """
-    conditions = tuple(conditions)
     rows: dict[tuple[str, ...], dict[tuple[str, ...], Record]] = {}
     before = None
     for found in records:
